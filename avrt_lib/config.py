@@ -1,0 +1,356 @@
+"""The configuration of a run: one YAML file, strict, with units in the names.
+
+Defaults are the paper's numbers where it gives them. Each such field carries its source (``paper``, ``authors'
+correction`` or ``ours``); ``avrt fidelity`` prints the table.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from avrt_lib.errors import ConfigError
+
+PAPER = "paper"
+CORRECTION = "authors' correction"
+OURS = "ours"
+
+
+def _sourced(default: Any, source: str, **constraints: Any) -> Any:
+    return Field(default, json_schema_extra={"source": source, "paper": default}, **constraints)
+
+
+class Section(BaseModel):
+    """A part of the configuration: no unknown keys, no changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class SourceConfig(Section):
+    """Where the questions of one split come from."""
+
+    format: str = Field(description="name of a reader: avqa, daily-omni, manifest, miniature …")
+    path: str | None = Field(None, description="the data set's folder or file; the miniature renders its own")
+    count: int | None = Field(None, ge=1, description="read at most this many; for the miniature: render this many")
+    seed: int = Field(0, description="miniature: the seed of the rendered world")
+    columns: dict[str, str] = Field(default_factory=dict, description="manifest: our name -> the file's column")
+
+
+class DataConfig(Section):
+    """The samples: where they come from and what is kept of their media."""
+
+    train: SourceConfig | None = None
+    validation: SourceConfig | None = None
+    test: SourceConfig | None = None
+    all: SourceConfig | None = Field(None, description="one source, split by clip, instead of the three above")
+    validation_share: float = Field(0.1, gt=0, lt=0.5)
+    test_share: float = Field(0.2, gt=0, lt=0.5)
+    minimum_clips: int = Field(10, ge=3, description="fewer clips than this cannot be split by clip")
+    overlap_splits: bool = Field(False, description="let every clip stand in all splits: a check of the path only")
+    frames: int = _sourced(8, PAPER, ge=1, le=256)
+    audio_seconds: float = _sourced(10.0, PAPER, gt=0)
+    frame_longest_side_px: int = Field(448, ge=28)
+    jpeg_quality: int = Field(92, ge=50, le=100)
+    workers: int = Field(2, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way_to_name_splits(self) -> Self:
+        parts = [self.train, self.validation, self.test]
+        if self.all is not None and any(parts):
+            raise ValueError("give either data.all (split by clip) or data.train/validation/test, not both")
+        if self.all is None and not all(parts):
+            raise ValueError("data.train, data.validation and data.test are all needed (or data.all, which is split)")
+        return self
+
+
+class EngineConfig(Section):
+    """Which model answers, where, and how it decodes."""
+
+    kind: Literal["vllm", "endpoint"] = "vllm"
+    model: str = Field(description="builtin:NAME, a folder, s3://…; for an endpoint the served model's name")
+    revision: str | None = None
+    base_url: str | None = Field(None, description="endpoint: its OpenAI address, ending in /v1")
+    api_key_env: str | None = Field(None, description="endpoint: the environment variable that holds its key")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int = Field(8192, ge=128)
+    tensor_parallel_size: int = Field(1, ge=1)
+    gpu_memory_utilization: float = Field(0.9, gt=0, lt=1)
+    kv_cache_gib: float = Field(1.0, gt=0, description="CPU only: memory for the KV cache")
+    max_tokens: int = Field(2048, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    trust_remote_code: bool = False
+    concurrency: int = Field(32, ge=1, description="endpoint: requests in flight")
+    timeout_s: float = Field(300.0, gt=0)
+    attempts: int = Field(5, ge=1, description="endpoint: tries of one request")
+
+    @model_validator(mode="after")
+    def _endpoint_has_an_address(self) -> Self:
+        if self.kind == "endpoint" and not self.base_url:
+            raise ValueError("an endpoint engine needs base_url (for example http://teacher.models.svc/v1)")
+        return self
+
+
+class TeacherConfig(Section):
+    """One single-modality teacher."""
+
+    engine: EngineConfig
+    prompt: str
+    attempts: int = Field(1, ge=1, le=8, description="samples tried until one has a valid answer")
+
+
+class TeachersConfig(Section):
+    """Both teachers and how their work is cut up."""
+
+    vision: TeacherConfig
+    audio: TeacherConfig
+    shards: int = Field(2, ge=1, le=512)
+    parallelism: int = Field(2, ge=1)
+    chunk_rows: int = Field(256, ge=1, description="rows that are committed together; a killed step loses one chunk")
+
+
+class MergerConfig(Section):
+    """The text-only model that merges two traces into one."""
+
+    engine: EngineConfig
+    prompt: str = "labelled"
+    keep: Literal["both", "all"] = _sourced("both", PAPER)
+    max_words: int = Field(400, ge=1)
+    chunk_rows: int = Field(256, ge=1)
+
+
+class ValidationConfig(Section):
+    """The gate before training."""
+
+    minimum_rows: int = Field(16, ge=1)
+    max_flagged_share: float = Field(0.05, ge=0, le=1)
+    max_letter_share: float = Field(0.6, gt=0, le=1, description="no answer letter may stand for more of the rows")
+
+
+class StudentConfig(Section):
+    """The model that learns."""
+
+    model: str
+    revision: str | None = None
+    prompt: str = "reason"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    freeze: list[str] = _sourced(["audio_tower", "visual"], PAPER)
+    video_longest_side_px: int = Field(448, ge=28, description="frames enter the student at most this large")
+    max_model_len: int = Field(8192, ge=128)
+    kv_cache_gib: float = Field(1.0, gt=0)
+    trust_remote_code: bool = False
+
+
+class OptimizerConfig(Section):
+    """What SFT and GRPO share."""
+
+    optimizer_betas: tuple[float, float] = _sourced((0.9, 0.999), PAPER)
+    weight_decay: float = _sourced(0.01, PAPER, ge=0)
+    per_device_batch: int = Field(1, ge=1)
+    gradient_accumulation: int = Field(8, ge=1)
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = _sourced("cosine", PAPER)
+    max_grad_norm: float = Field(1.0, gt=0)
+    gradient_checkpointing: bool = True
+    deepspeed: Literal["none", "zero2", "zero2_offload"] = _sourced("zero2_offload", PAPER)
+    save_every_steps: int = Field(50, ge=1)
+    logging_every_steps: int = Field(5, ge=1)
+    threads: int | None = Field(None, ge=1, description="CPU threads of the training process; None: all cores")
+
+
+class SftConfig(OptimizerConfig):
+    """The cold start on merged traces."""
+
+    learning_rate: float = _sourced(2e-6, PAPER, gt=0)
+    warmup_steps: int = _sourced(100, PAPER, ge=0)
+    epochs: float = _sourced(1.0, PAPER, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="a cap on the steps, whatever the epochs")
+    target: Literal["reasoning", "answer"] = Field("reasoning", description="answer: the control without traces")
+    modality_dropout: float = _sourced(0.0, OURS, ge=0, lt=1)
+    stop_low: float | None = Field(None, gt=0, lt=1, description="stop at the first validation accuracy this high")
+    stop_high: float = Field(0.8, gt=0, le=1, description="… and not higher: go back and take smaller steps")
+    validate_every_steps: int = Field(10, ge=1)
+    validation_samples: int = Field(128, ge=1)
+
+    @model_validator(mode="after")
+    def _band(self) -> Self:
+        if self.stop_low is not None and self.stop_low >= self.stop_high:
+            raise ValueError("stop_low must be below stop_high")
+        return self
+
+
+class RewardConfig(Section):
+    """R = R_format + R_accuracy + R_length."""
+
+    length_mean_words: float = _sourced(100.0, PAPER, gt=0)
+    length_sd_words: float = _sourced(20.0, PAPER, gt=0)
+    bonus: float = _sourced(0.5, OURS, ge=0)
+    bonus_from_words: int = _sourced(100, CORRECTION, ge=0)
+    bonus_to_words: int = _sourced(200, CORRECTION, ge=0)
+
+    @model_validator(mode="after")
+    def _window(self) -> Self:
+        if self.bonus_from_words > self.bonus_to_words:
+            raise ValueError("bonus_from_words must not exceed bonus_to_words")
+        return self
+
+
+class GrpoConfig(OptimizerConfig):
+    """Group-relative policy optimisation on the full training set."""
+
+    learning_rate: float = _sourced(1e-6, OURS, gt=0)
+    warmup_steps: int = _sourced(0, OURS, ge=0)
+    epochs: float = _sourced(1.0, OURS, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    group_size: int = _sourced(4, PAPER, ge=2)
+    clip_epsilon: float = _sourced(0.2, PAPER, gt=0)
+    kl_beta: float = _sourced(0.01, PAPER, ge=0)
+    temperature: float = _sourced(1.0, PAPER, gt=0)
+    max_completion_tokens: int = _sourced(512, OURS, ge=8)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+
+
+class EvaluationConfig(Section):
+    """Greedy decoding for every model alike."""
+
+    max_tokens: int = Field(1024, ge=1)
+    conditions: list[Literal["av", "audio_only", "vision_only"]] = Field(
+        default_factory=lambda: ["av", "audio_only", "vision_only"]  # type: ignore[arg-type]
+    )
+    chunk_rows: int = Field(256, ge=1)
+    processes: int = Field(1, ge=1, description="engines side by side")
+    bootstrap_samples: int = Field(2000, ge=100)
+
+
+class PromotionConfig(Section):
+    """When a trained model becomes the champion."""
+
+    model_name: str = Field("avrt-student", pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
+    alpha: float = Field(0.05, gt=0, lt=1, description="of the paired test against the base on the validation set")
+    parity_samples: int = Field(4, ge=0, description="prompts on which vLLM and transformers must agree")
+    parity_tolerance: float = Field(0.05, gt=0, description="largest difference of a log-probability")
+
+
+class DeploymentConfig(Section):
+    """Where the champion is served."""
+
+    target: Literal["local", "kserve", "git"] = "local"
+    namespace: str = "avrt"
+    probe_questions: int = Field(3, ge=1)
+    serve_unpromoted: bool = Field(False, description="serve the last trained model for the check alone")
+    start_timeout_s: float = Field(600.0, gt=0)
+    request_timeout_s: float = Field(60.0, gt=0)
+
+
+class StoreConfig(Section):
+    """Where models are published."""
+
+    kind: Literal["s3", "local"] = "s3"
+    bucket: str = "avrt"
+
+
+class TrackingConfig(Section):
+    """MLflow."""
+
+    experiment: str = "avrt"
+
+
+class Config(Section):
+    """The whole configuration of a run."""
+
+    name: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
+    seed: int = 0
+    data: DataConfig
+    teachers: TeachersConfig
+    merger: MergerConfig
+    validation: ValidationConfig = Field(default_factory=ValidationConfig)
+    student: StudentConfig
+    sft: SftConfig = Field(default_factory=SftConfig)
+    grpo: GrpoConfig = Field(default_factory=GrpoConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    promotion: PromotionConfig = Field(default_factory=PromotionConfig)
+    deployment: DeploymentConfig = Field(default_factory=DeploymentConfig)
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+
+    def to_json(self) -> str:
+        """The configuration as the one JSON text that travels through the pipeline."""
+        return json.dumps(self.model_dump(mode="json"), separators=(",", ":"), sort_keys=True, ensure_ascii=False)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the configuration's JSON text."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def from_json(text: str) -> Config:
+    """Read back what ``Config.to_json`` wrote."""
+    return _validated(json.loads(text), "the configuration parameter")
+
+
+def load(path: Path, overrides: dict[str, Any] | None = None) -> Config:
+    """Load a configuration file and apply dotted overrides.
+
+    Args:
+        path: the YAML file.
+        overrides: ``{"grpo.learning_rate": 1e-4, …}``; values as YAML would read them.
+
+    Raises:
+        ConfigError: the message names the file, the key and the mend.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no configuration file {path}: name one with --config.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not {type(document).__name__}.")
+    for dotted, value in (overrides or {}).items():
+        _assign(document, dotted, value)
+    return _validated(document, str(path))
+
+
+def parse_set(items: list[str]) -> dict[str, Any]:
+    """Turn ``["grpo.max_steps=20", …]`` into overrides; values are read as YAML.
+
+    Raises:
+        ConfigError: where an item has no ``=``.
+    """
+    overrides: dict[str, Any] = {}
+    for item in items:
+        key, separator, value = item.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set takes section.key=value, not {item!r}.")
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}: the value {value!r} is not valid YAML.") from error
+    return overrides
+
+
+def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    node = document
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {dotted}: {parent} is a value, not a section.")
+        node = child
+    node[last] = value
+
+
+def _validated(document: Any, where: str) -> Config:
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or '(whole file)'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors(include_url=False)
+        ]
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise ConfigError(f"{where}: {shown}.") from error

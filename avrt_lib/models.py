@@ -1,0 +1,64 @@
+"""Model folders: where a reference points, and the manifest that names what a folder holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from avrt_lib.errors import ConfigError, DataError
+from avrt_lib.tables import MANIFEST, sha256_file, write_json
+
+BUILTIN = "builtin:"
+WEIGHTS = Path(__file__).parent / "miniature" / "weights"
+
+
+def resolve(reference: str) -> Path:
+    """The local folder of a model reference.
+
+    Args:
+        reference: ``builtin:NAME`` (a tiny model of this package) or a folder.
+
+    Raises:
+        ConfigError: where there is no such model; the message lists what there is.
+    """
+    if reference.startswith(BUILTIN):
+        folder = WEIGHTS / reference.removeprefix(BUILTIN)
+        if not (folder / "config.json").exists():
+            known = sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
+            raise ConfigError(f"There is no built-in model {reference!r}; known: {', '.join(BUILTIN + k for k in known)}.")
+        return folder
+    folder = Path(reference).expanduser()
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{reference} is not a model folder (it has no config.json): name a local folder or builtin:NAME.")
+    return folder
+
+
+def write_manifest(folder: Path, made_by: dict[str, Any]) -> dict[str, Any]:
+    """Write a model folder's manifest (SHA-256 and size of each file, what made it) and return it."""
+    files = {
+        str(path.relative_to(folder)): {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    content = hashlib.sha256(json.dumps({k: v["sha256"] for k, v in files.items()}, sort_keys=True).encode()).hexdigest()
+    manifest = {"kind": "model", "content_sha256": content, "files": files, "made_by": made_by}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def verify_manifest(folder: Path) -> dict[str, Any]:
+    """Check each file of a model folder against its manifest.
+
+    Raises:
+        DataError: the message names the first file that differs.
+    """
+    from avrt_lib.tables import read_json
+
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.exists() or sha256_file(path) != entry["sha256"]:
+            raise DataError(f"{path} is not what its manifest says: publish or download the model again.")
+    return manifest

@@ -1,0 +1,180 @@
+"""The steps of the pipeline by name, and the one way in which all of them are run.
+
+``run_step`` is what a KFP component's body and ``avrt step`` call. It gives the step its scratch folder as output
+folder, so that a step that was killed finds what it had committed, and places the finished outputs where the caller
+wants them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from avrt_lib import __version__
+from avrt_lib.config import Config, from_json
+from avrt_lib.errors import AvrtError, DiskFullError, OutputMissingError
+from avrt_lib.tables import MANIFEST, hash_folder, place_folder, read_json, write_json
+from avrt_lib.workspace import Workspace, log_to_file
+
+log = logging.getLogger("avrt")
+
+DONE = "done.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is called, where it lives, and what goes in and out.
+
+    Attributes:
+        module: the subpackage with its public ``run``.
+        inputs: names of input folders (a name that ends in ``s`` after a shard loop takes a list).
+        outputs: names of output folders.
+        params: names of plain parameters.
+        sections: the configuration sections that it reads; its scratch is keyed by these.
+        image: which image runs it: ``pipeline``, ``train`` or ``vllm``.
+        repeatable: whether a finished result may be taken again for the same inputs.
+    """
+
+    module: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sections: tuple[str, ...]
+    image: str
+    params: tuple[str, ...] = ()
+    repeatable: bool = True
+
+
+STEPS: dict[str, Step] = {
+    "preflight": Step("avrt_lib.preflight", (), ("checks",), ("data", "teachers", "store", "deployment"), "pipeline", repeatable=False),
+    "ingest": Step("avrt_lib.ingest", (), ("samples",), ("data", "seed"), "pipeline", ("data_hash",)),
+    "vision_teacher": Step("avrt_lib.teachers.vision", ("samples",), ("traces",), ("teachers", "seed"), "vllm", ("shard",)),
+    "audio_teacher": Step("avrt_lib.teachers.audio", ("samples",), ("traces",), ("teachers", "seed"), "vllm", ("shard",)),
+    "merger": Step("avrt_lib.merger", ("samples", "vision_traces", "audio_traces"), ("merged",), ("merger", "seed"), "vllm"),
+    "data_validation": Step("avrt_lib.validation", ("samples", "merged"), ("report",), ("validation", "merger"), "pipeline"),
+    "sft": Step("avrt_lib.training.sft", ("samples", "merged"), ("model",), ("student", "sft", "seed", "data"), "train"),
+    "grpo": Step("avrt_lib.training.grpo", ("samples", "sft_model"), ("model",), ("student", "grpo", "seed", "data"), "train"),
+    "evaluation": Step("avrt_lib.evaluation", ("samples", "model"), ("predictions",), ("student", "evaluation", "seed"), "vllm", ("role",)),
+    "promotion": Step("avrt_lib.promotion", ("base_predictions", "sft_predictions", "grpo_predictions", "sft_model", "grpo_model"), ("champion",), ("promotion", "deployment", "store", "tracking", "student"), "pipeline", repeatable=False),
+    "deployment": Step("avrt_lib.serving.deployment", ("samples", "champion", "grpo_model"), ("check",), ("deployment", "student", "evaluation"), "pipeline", repeatable=False),
+}
+
+
+def run_step(
+    name: str,
+    *,
+    config: str | Config,
+    inputs: Mapping[str, str | Path | Sequence[str | Path]],
+    outputs: Mapping[str, str | Path],
+    work: str | Path | None = None,
+    params: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run one step on local folders.
+
+    Args:
+        name: a key of ``STEPS``.
+        config: the run's configuration, or its JSON text.
+        inputs: folder (or list of folders) by input name; an empty path means absent, for optional inputs.
+        outputs: where to place each output folder; replaced if it is there.
+        work: the run's work folder; None uses a temporary one, and then a killed step starts anew.
+        params: plain parameters, such as the shard.
+
+    Returns:
+        The facts that the step reports (counts, metrics), as they also stand in its report.
+
+    Raises:
+        AvrtError: whatever the step raised; the report holds its code and message.
+    """
+    step = STEPS[name]
+    settings = config if isinstance(config, Config) else from_json(config)
+    given = dict(params or {})
+    instance = "-".join([name, *(str(given[p]) for p in step.params if p in ("shard", "role"))])
+    temporary = None
+    if not work:
+        temporary = tempfile.mkdtemp(prefix="avrt-")
+    root = Path(work or temporary or "")
+    if os.environ.get("AVRT_STEP_LOGS") == "1":
+        log_to_file(root / "logs" / f"{instance}.log")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
+    started = time.time()
+    paths = {k: [Path(p) for p in v] if isinstance(v, list | tuple) else Path(v) for k, v in inputs.items() if v}  # type: ignore[arg-type]
+    workspace = Workspace(root, instance, root / "scratch" / instance)
+    try:
+        workspace = Workspace(root, instance, root / "scratch" / instance / _key(step, settings, paths, given))
+        workspace.report(status="running", seconds=None, started=started, failure=None, facts={})
+        done = workspace.scratch / DONE
+        reused = step.repeatable and done.exists()
+        if reused:
+            facts = read_json(done)["facts"]
+            log.info("%s: finished before with the same inputs; taken from %s", instance, workspace.scratch)
+        else:
+            workspace.scratch.mkdir(parents=True, exist_ok=True)
+            run = importlib.import_module(step.module).run
+            making = {k: workspace.scratch / k for k in step.outputs}
+            facts = run(settings, workspace=workspace, **paths, **making, **given)
+            for output, folder in making.items():
+                if not folder.is_dir() or not any(folder.iterdir()):
+                    raise OutputMissingError(f"{instance} ended without its output {output!r} ({folder}).")
+            write_json(done, {"facts": facts, "seconds": time.time() - started})
+        for output in step.outputs:
+            if outputs.get(output):
+                place_folder(workspace.scratch / output, Path(outputs[output]))
+        seconds = read_json(done)["seconds"]
+        status = facts.get("status", "succeeded") if isinstance(facts, dict) else "succeeded"
+        workspace.report(status=status, seconds=seconds, started=started, failure=None, facts=facts, reused=reused)
+        return facts
+    except BaseException as error:
+        error = _typed(error, root)
+        code = error.code if isinstance(error, AvrtError) else "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
+        message = str(error) or type(error).__name__
+        failure = {"step": name, "code": code, "message": message}
+        facts = getattr(error, "facts", {})
+        try:
+            workspace.report(status="failed", seconds=time.time() - started, started=started, failure=failure, facts=facts)
+        except (OSError, AvrtError):
+            log.exception("the report of %s could not be written", instance)
+        log.error("%s failed: %s\n%s", instance, message, "".join(traceback.format_exception(error)))
+        raise error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _typed(error: BaseException, root: Path) -> BaseException:
+    if isinstance(error, OSError) and error.errno == 28:
+        typed = DiskFullError(f"No space left on the disk that holds {root}: free some, then go on with --resume.")
+        typed.__cause__ = error
+        return typed
+    return error
+
+
+def _key(step: Step, config: Config, inputs: Mapping[str, Path | list[Path]], params: Mapping[str, Any]) -> str:
+    """Hash of everything that decides a step's result."""
+    digest = hashlib.sha256(f"{step.module} {__version__}".encode())
+    document = config.model_dump(mode="json")
+    for section in step.sections:
+        digest.update(repr((section, document[section])).encode())
+    for name, folders in sorted(inputs.items()):
+        for folder in folders if isinstance(folders, list) else [folders]:
+            digest.update(f"{name} {identity(folder)}".encode())
+    digest.update(repr(sorted(params.items())).encode())
+    return digest.hexdigest()[:16]
+
+
+def identity(folder: Path) -> str:
+    """What a folder holds, as a hash: a table's content hash, a model's manifest, or all its bytes."""
+    manifest = folder / MANIFEST
+    if manifest.exists():
+        document = read_json(manifest)
+        if "content_sha256" in document:
+            return str(document["content_sha256"])
+    return hash_folder(folder)
