@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ from typing import Any
 
 from avrt_lib import __version__
 from avrt_lib.config import Config, from_json
-from avrt_lib.errors import AvrtError, DiskFullError, OutputMissingError
+from avrt_lib.errors import AvrtError, DiskFullError, EnvironmentProblem, OutputMissingError
 from avrt_lib.tables import MANIFEST, hash_folder, place_folder, read_json, write_json
 from avrt_lib.workspace import Workspace, log_to_file
 
@@ -55,17 +56,52 @@ class Step:
 
 
 STEPS: dict[str, Step] = {
-    "preflight": Step("avrt_lib.preflight", (), ("checks",), ("data", "teachers", "store", "deployment"), "pipeline", repeatable=False),
+    "preflight": Step(
+        "avrt_lib.preflight", (), ("checks",), ("data", "teachers", "store", "deployment"), "pipeline", repeatable=False
+    ),
     "ingest": Step("avrt_lib.ingest", (), ("samples",), ("data", "seed"), "pipeline", ("data_hash",)),
-    "vision_teacher": Step("avrt_lib.teachers.vision", ("samples",), ("traces",), ("teachers", "seed"), "vllm", ("shard",)),
-    "audio_teacher": Step("avrt_lib.teachers.audio", ("samples",), ("traces",), ("teachers", "seed"), "vllm", ("shard",)),
-    "merger": Step("avrt_lib.merger", ("samples", "vision_traces", "audio_traces"), ("merged",), ("merger", "seed"), "vllm"),
-    "data_validation": Step("avrt_lib.validation", ("samples", "merged"), ("report",), ("validation", "merger"), "pipeline"),
-    "sft": Step("avrt_lib.training.sft", ("samples", "merged"), ("model",), ("student", "sft", "seed", "data"), "train"),
-    "grpo": Step("avrt_lib.training.grpo", ("samples", "sft_model"), ("model",), ("student", "grpo", "seed", "data"), "train"),
-    "evaluation": Step("avrt_lib.evaluation", ("samples", "model"), ("predictions",), ("student", "evaluation", "seed"), "vllm", ("role",)),
-    "promotion": Step("avrt_lib.promotion", ("base_predictions", "sft_predictions", "grpo_predictions", "sft_model", "grpo_model"), ("champion",), ("promotion", "deployment", "store", "tracking", "student"), "pipeline", repeatable=False),
-    "deployment": Step("avrt_lib.serving.deployment", ("samples", "champion", "grpo_model"), ("check",), ("deployment", "student", "evaluation"), "pipeline", repeatable=False),
+    "vision_teacher": Step(
+        "avrt_lib.teachers.vision", ("samples",), ("traces",), ("teachers", "seed"), "vllm", ("shard",)
+    ),
+    "audio_teacher": Step(
+        "avrt_lib.teachers.audio", ("samples",), ("traces",), ("teachers", "seed"), "vllm", ("shard",)
+    ),
+    "merger": Step(
+        "avrt_lib.merger", ("samples", "vision_traces", "audio_traces"), ("merged",), ("merger", "seed"), "vllm"
+    ),
+    "data_validation": Step(
+        "avrt_lib.validation", ("samples", "merged"), ("report",), ("validation", "merger"), "pipeline"
+    ),
+    "sft": Step(
+        "avrt_lib.training.sft", ("samples", "merged"), ("model",), ("student", "sft", "seed", "data"), "train"
+    ),
+    "grpo": Step(
+        "avrt_lib.training.grpo", ("samples", "sft_model"), ("model",), ("student", "grpo", "seed", "data"), "train"
+    ),
+    "evaluation": Step(
+        "avrt_lib.evaluation",
+        ("samples", "model"),
+        ("predictions",),
+        ("student", "evaluation", "seed"),
+        "vllm",
+        ("role",),
+    ),
+    "promotion": Step(
+        "avrt_lib.promotion",
+        ("base_predictions", "sft_predictions", "grpo_predictions", "sft_model", "grpo_model"),
+        ("champion",),
+        ("promotion", "deployment", "store", "tracking", "student"),
+        "pipeline",
+        repeatable=False,
+    ),
+    "deployment": Step(
+        "avrt_lib.serving.deployment",
+        ("samples", "champion", "grpo_model"),
+        ("check",),
+        ("deployment", "student", "evaluation"),
+        "pipeline",
+        repeatable=False,
+    ),
 }
 
 
@@ -77,6 +113,7 @@ def run_step(
     outputs: Mapping[str, str | Path],
     work: str | Path | None = None,
     params: Mapping[str, Any] | None = None,
+    library_version: str = "",
 ) -> dict[str, Any]:
     """Run one step on local folders.
 
@@ -87,6 +124,8 @@ def run_step(
         outputs: where to place each output folder; replaced if it is there.
         work: the run's work folder; None uses a temporary one, and then a killed step starts anew.
         params: plain parameters, such as the shard.
+        library_version: the version that the pipeline was compiled with; an image with another one is refused, since
+            the configuration would mean something else there. Empty: any.
 
     Returns:
         The facts that the step reports (counts, metrics), as they also stand in its report.
@@ -109,6 +148,11 @@ def run_step(
     paths = {k: [Path(p) for p in v] if isinstance(v, list | tuple) else Path(v) for k, v in inputs.items() if v}  # type: ignore[arg-type]
     workspace = Workspace(root, instance, root / "scratch" / instance)
     try:
+        if library_version not in ("", __version__):
+            raise EnvironmentProblem(
+                f"The pipeline was compiled with avrt {library_version}, but this image holds avrt {__version__}: "
+                "compile the pipeline again, or name images of its version."
+            )
         workspace = Workspace(root, instance, root / "scratch" / instance / _key(step, settings, paths, given))
         workspace.report(status="running", seconds=None, started=started, failure=None, facts={})
         done = workspace.scratch / DONE
@@ -125,21 +169,37 @@ def run_step(
                 if not folder.is_dir() or not any(folder.iterdir()):
                     raise OutputMissingError(f"{instance} ended without its output {output!r} ({folder}).")
             write_json(done, {"facts": facts, "seconds": time.time() - started})
-        for output in step.outputs:
-            if outputs.get(output):
-                place_folder(workspace.scratch / output, Path(outputs[output]))
+        placed = {output: Path(outputs[output]) for output in step.outputs if outputs.get(output)}
+        for output, target in placed.items():
+            place_folder(workspace.scratch / output, target)
         seconds = read_json(done)["seconds"]
         status = facts.get("status", "succeeded") if isinstance(facts, dict) else "succeeded"
-        workspace.report(status=status, seconds=seconds, started=started, failure=None, facts=facts, reused=reused)
+        workspace.report(
+            status=status,
+            seconds=seconds,
+            started=started,
+            failure=None,
+            facts=facts,
+            reused=reused,
+            outputs={output: str(target) for output, target in placed.items()},
+        )
         return facts
     except BaseException as error:
         error = _typed(error, root)
-        code = error.code if isinstance(error, AvrtError) else "interrupted" if isinstance(error, KeyboardInterrupt) else "error"
+        code = (
+            error.code
+            if isinstance(error, AvrtError)
+            else "interrupted"
+            if isinstance(error, KeyboardInterrupt)
+            else "error"
+        )
         message = str(error) or type(error).__name__
         failure = {"step": name, "code": code, "message": message}
         facts = getattr(error, "facts", {})
         try:
-            workspace.report(status="failed", seconds=time.time() - started, started=started, failure=failure, facts=facts)
+            workspace.report(
+                status="failed", seconds=time.time() - started, started=started, failure=failure, facts=facts
+            )
         except (OSError, AvrtError):
             log.exception("the report of %s could not be written", instance)
         log.error("%s failed: %s\n%s", instance, message, "".join(traceback.format_exception(error)))
@@ -147,6 +207,21 @@ def run_step(
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def scalars(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers among a step's facts, by dotted name, as a tracking server or a KFP ``Metrics`` artifact takes them.
+
+    >>> scalars({"n": 4, "by_kind": {"both": 0.5}, "ci95": [0.1, 0.9], "model": "x", "ok": True})
+    {'n': 4.0, 'by_kind.both': 0.5, 'ok': 1.0}
+    """
+    numbers: dict[str, float] = {}
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            numbers.update(scalars(value, f"{prefix}{name}."))
+        elif isinstance(value, bool | int | float) and math.isfinite(value):
+            numbers[f"{prefix}{name}"] = float(value)
+    return numbers
 
 
 def _typed(error: BaseException, root: Path) -> BaseException:

@@ -1,0 +1,5 @@
+"""The deployment component."""
+
+from components.deployment.component import deployment
+
+__all__ = ["deployment"]

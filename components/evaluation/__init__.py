@@ -1,0 +1,5 @@
+"""The evaluation component."""
+
+from components.evaluation.component import evaluation
+
+__all__ = ["evaluation"]

@@ -1,0 +1,5 @@
+"""The grpo component."""
+
+from components.grpo.component import grpo
+
+__all__ = ["grpo"]

@@ -1,0 +1,5 @@
+"""The ingest component."""
+
+from components.ingest.component import ingest
+
+__all__ = ["ingest"]

@@ -1,0 +1,5 @@
+"""The merger component."""
+
+from components.merger.component import merger
+
+__all__ = ["merger"]

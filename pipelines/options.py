@@ -1,0 +1,49 @@
+"""What is decided when a pipeline is compiled: the shape of its graph and its images."""
+
+from dataclasses import dataclass, field
+
+from avrt_lib.config import Config
+from avrt_lib.errors import ConfigError
+from components.images import Images
+
+#: Argo moves arguments of more than 128 KiB into ConfigMaps, which its stock role may not create; a pod's parameters
+#: together must stay below that.
+MAX_CONFIG_BYTES = 90_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compile-time options.
+
+    Attributes:
+        shards: into how many parts the teachers' work is cut; each is a task of its own, so few and large.
+        parallelism: how many shards of one teacher run side by side.
+        images: the container images.
+    """
+
+    shards: int = 2
+    parallelism: int = 2
+    images: Images = field(default_factory=Images)
+
+    @classmethod
+    def of(cls, config: Config, images: Images | None = None) -> "Options":
+        """The options that a configuration asks for."""
+        return cls(config.teachers.shards, config.teachers.parallelism, images or Images())
+
+
+def config_parameter(config: Config) -> str:
+    """The configuration as the text that travels through the pipeline.
+
+    The local runner replaces the text ``python3`` in every parameter by the interpreter's path, so the letters are
+    escaped; JSON readers see the same document.
+
+    Raises:
+        ConfigError: where the configuration is too large to travel as a parameter.
+    """
+    text = config.to_json().replace("python3", "python\\u0033")
+    size = len(text.encode())
+    if size > MAX_CONFIG_BYTES:
+        raise ConfigError(
+            f"The configuration has {size} bytes, but only {MAX_CONFIG_BYTES} can travel with a pipeline."
+        )
+    return text
