@@ -1,0 +1,45 @@
+# Everything starts here: `make run`, `make test`. Each target sets up what it needs.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/miniature.yaml
+# Options of set-up: make setup BUILD=cuda PYTHON=/usr/bin/python3.12 TORCH_INDEX=URL
+BUILD ?=
+PYTHON ?=
+TORCH_INDEX ?=
+# Further arguments: make run ARGS="--set grpo.max_steps=20", make test ARGS="-k answers"
+ARGS ?=
+
+.PHONY: help setup run test lint types check lock bench clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv from the committed lock (cpu or cuda, by the machine)
+	@command -v python3 >/dev/null || { echo "Missing: Python (apt-get install python3.11 python3.11-venv)." >&2; exit 7; }
+	@python3 scripts/setup.py $(if $(BUILD),--build $(BUILD)) $(if $(PYTHON),--python $(PYTHON)) $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX))
+
+run: setup ## run the whole pipeline of configs/miniature.yaml
+	@$(BIN)/avrt run --config $(CONFIG) $(ARGS)
+
+test: setup ## run all tests: unit, integration, end to end
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## style and format
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: setup ## static types
+	@$(BIN)/mypy
+
+check: lint types test ## what CI runs
+
+lock: setup ## resolve requirements/cpu.lock and requirements/cuda.lock anew (ARGS=--upgrade for newer versions)
+	@$(BIN)/python scripts/lock.py $(ARGS)
+
+bench: setup ## measure the parts that bound a run
+	@for script in benchmarks/*.py; do [ -e "$$script" ] || { echo "No benchmark in benchmarks/."; break; }; $(BIN)/python "$$script" $(ARGS) || exit $$?; done
+
+clean: ## delete .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
