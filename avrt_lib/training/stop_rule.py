@@ -1,0 +1,163 @@
+"""When the cold start ends: at the first validation accuracy inside a band, reached by going back if it is overshot.
+
+GRPO learns from groups whose rewards differ, so the student that it starts from must be neither lost nor done (our
+rule; the paper trains one epoch). Accuracy on the validation split can jump within a few steps, so a jump over the band
+puts weights and optimizer back to the last validation, and goes on from there with half the learning rate and twice
+as many validations. The data are not rewound: steps keep counting, and the cap on the steps holds.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from avrt_lib.config import SftConfig
+from avrt_lib.training.checkpoints import PREFIX
+
+log = logging.getLogger("avrt")
+
+STATE = "stop_rule.pt"
+MAX_RETREATS = 6
+
+
+class StopRule(TrainerCallback):
+    """Validates every few steps and stops, goes on or goes back.
+
+    Args:
+        config: the SFT section, with ``stop_low`` set.
+        validate: the accuracy of the model as it is now.
+        report: told each accuracy.
+        can_retreat: whether weights and optimizer can be put back; under DeepSpeed, which owns both, the rule only
+            stops.
+
+    Attributes:
+        history: ``{"step", "accuracy"}`` of each validation.
+        outcome: why training ended (``band``, ``above_band``), or None where the steps ran out first.
+    """
+
+    def __init__(
+        self,
+        config: SftConfig,
+        validate: Callable[[], float],
+        report: Callable[[int, float], None],
+        *,
+        can_retreat: bool = True,
+    ) -> None:
+        self.config = config
+        self.validate = validate
+        self.report = report
+        self.can_retreat = can_retreat
+        self.history: list[dict[str, float]] = []
+        self.outcome: str | None = None
+        self.interval = config.validate_every_steps
+        self.next_step = self.interval
+        self.retreats = 0
+        self.snapshot: dict[str, Any] | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """The accuracy of the weights that the model has now, at their last validation."""
+        if self.outcome is None and self.snapshot is not None:
+            return float(self.snapshot["accuracy"])
+        return self.history[-1]["accuracy"] if self.history else None
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take the rule's state up from a checkpoint."""
+        saved = torch.load(checkpoint / STATE, weights_only=True)
+        for name in ("history", "interval", "next_step", "retreats", "snapshot"):
+            setattr(self, name, saved[name])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write the rule's state into the checkpoint."""
+        if state.is_world_process_zero:
+            values = {name: getattr(self, name) for name in ("history", "interval", "next_step", "retreats", "snapshot")}
+            torch.save(values, Path(args.output_dir or ".") / f"{PREFIX}{state.global_step}" / STATE)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **_: Any,
+    ) -> None:
+        """Remember the start, so that even the first validation can go back."""
+        if self.snapshot is None and self.can_retreat:
+            self.snapshot = _take(model, optimizer, accuracy=0.0)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_: Any,
+    ) -> TrainerControl:
+        """Validate where it is time."""
+        if state.global_step < self.next_step and state.global_step < state.max_steps:
+            return control
+        accuracy = self.validate()
+        self.history.append({"step": state.global_step, "accuracy": accuracy})
+        self.report(state.global_step, accuracy)
+        log.info("validation accuracy %.3f at step %d", accuracy, state.global_step)
+        low, high = self.config.stop_low or 0.0, self.config.stop_high
+        if low <= accuracy <= high:
+            self.outcome = "band"
+            control.should_training_stop = True
+        elif accuracy > high and not (self.can_retreat and self.retreats < MAX_RETREATS):
+            self.outcome = "above_band"
+            control.should_training_stop = True
+        elif accuracy > high:
+            self._retreat(model, optimizer, lr_scheduler)
+            self.next_step = state.global_step + self.interval
+        else:
+            self.next_step = state.global_step + self.interval
+            if self.can_retreat:
+                self.snapshot = _take(model, optimizer, accuracy=accuracy)
+        return control
+
+    def _retreat(self, model: Any, optimizer: Any, lr_scheduler: Any) -> None:
+        assert self.snapshot is not None
+        self.retreats += 1
+        self.interval = max(1, self.interval // 2)
+        _put_back(model, optimizer, self.snapshot)
+        scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
+        scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
+        # The scheduler sets the rate after each step; until then the snapshot's, which knows nothing of the halving,
+        # would hold.
+        rates = [base * curve(scheduler.last_epoch) for base, curve in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        log.info("above the band: back to accuracy %.3f, half the learning rate", self.snapshot["accuracy"])
+
+
+def _trainable(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _take(model: Any, optimizer: Any, *, accuracy: float) -> dict[str, Any]:
+    """A copy of the trainable weights and the optimizer's state in the host's memory."""
+    weights = {name: p.detach().to("cpu", copy=True) for name, p in _trainable(model).items()}
+    return {
+        "weights": weights,
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
+        "rng": torch.get_rng_state(),
+        "accuracy": accuracy,
+    }
+
+
+def _put_back(model: Any, optimizer: Any, snapshot: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for name, parameter in _trainable(model).items():
+            parameter.copy_(snapshot["weights"][name])
+    optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
+    torch.set_rng_state(snapshot["rng"])

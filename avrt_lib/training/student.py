@@ -1,0 +1,191 @@
+"""The student as a trainable model: loading, freezing, and the hidden-state view that TRL's fused LM head needs.
+
+The student is the thinker of Qwen2.5-Omni. Its folder has the full Omni layout, the only one that vLLM serves
+(``model_type`` ``qwen2_5_omni``, ``thinker_config``, weights under ``thinker.``); transformers' thinker class loads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from avrt_lib import compat
+
+compat.apply()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration  # noqa: E402
+
+from avrt_lib.config import StudentConfig  # noqa: E402
+from avrt_lib.errors import ConfigError, TrainingError  # noqa: E402
+from avrt_lib.tables import read_json  # noqa: E402
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+MEDIA_TOKENS = ("image_token", "audio_token", "video_token")
+MEDIA_BOUNDARIES = (
+    "vision_bos_token",
+    "vision_eos_token",
+    "audio_bos_token",
+    "audio_eos_token",
+)
+
+
+class _HiddenStates:
+    """The thinker without its LM head, callable as TRL calls a backbone.
+
+    It is not a module and holds none, so that parameters are neither registered nor saved twice. The three encoder
+    entry points are what transformers' generation asks of a ``base_model``.
+    """
+
+    _tp_plan: dict[str, str] | None = None
+    _pp_plan: dict[str, Any] | None = None
+
+    def __init__(self, thinker: Thinker) -> None:
+        self._thinker = thinker
+        self.get_image_features = thinker.get_image_features
+        self.get_video_features = thinker.get_video_features
+        self.get_audio_features = thinker.get_audio_features
+
+    def __call__(self, *args: Any, **kwargs: Any) -> SimpleNamespace:
+        thinker = self._thinker
+        with _headless(thinker):
+            output = type(thinker).forward(thinker, *args, **kwargs)
+        return SimpleNamespace(last_hidden_state=output.logits)
+
+
+@contextmanager
+def _headless(thinker: Thinker) -> Iterator[None]:
+    head = thinker._modules["lm_head"]
+    thinker._modules["lm_head"] = nn.Identity()
+    try:
+        yield
+    finally:
+        thinker._modules["lm_head"] = head
+
+
+class Thinker(Qwen2_5OmniThinkerForConditionalGeneration):
+    """transformers' thinker, with a ``base_model`` that returns hidden states.
+
+    TRL (1.x) computes per-token log-probabilities from ``model.base_model(...).last_hidden_state``. The thinker's
+    ``base_model_prefix`` is ``thinker``, an attribute that only the full Omni model has, so its ``base_model`` would be
+    the model itself, whose output has logits and no hidden states. This class mends that; nothing else changes.
+    """
+
+    @property
+    def base_model(self) -> Any:
+        """The model up to its last hidden states of shape (batch, length, hidden)."""
+        return _HiddenStates(self)
+
+
+@dataclass(frozen=True)
+class Student:
+    """A loaded student.
+
+    Attributes:
+        model: the thinker, with the modules of ``student.freeze`` frozen.
+        processor: tokenizer, feature extractor, video processor and chat template of the same folder.
+        folder: where it was loaded from.
+        freeze: names of the frozen modules.
+    """
+
+    model: Thinker
+    processor: ProcessorMixin
+    folder: Path
+    freeze: tuple[str, ...]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer  # type: ignore[attr-defined]
+
+    @property
+    def media_token_ids(self) -> list[int]:
+        """Ids of the tokens that stand for media or frame them; a completion must never hold one."""
+        names = [getattr(self.processor, name, None) for name in MEDIA_TOKENS + MEDIA_BOUNDARIES]
+        ids = {self.tokenizer.convert_tokens_to_ids(name) for name in names if name}
+        return sorted(i for i in ids if i is not None and i != self.tokenizer.unk_token_id)
+
+    def frozen(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and values of the frozen parameters, in the model's order."""
+        for name, parameter in self.model.named_parameters():
+            if name.split(".")[0] in self.freeze:
+                yield name, parameter
+
+
+def load(folder: Path, config: StudentConfig, *, dtype: torch.dtype | None = None) -> Student:
+    """Load a student from a folder in the full Omni layout and freeze its encoders.
+
+    Args:
+        folder: a local model folder.
+        config: the student's section.
+        dtype: of the parameters; None takes float32, which an optimiser without master weights needs (at the paper's
+            learning rate of 2e-6 most updates vanish in bfloat16).
+
+    Raises:
+        ConfigError: where the folder is not a Qwen2.5-Omni model, or a module to freeze does not exist.
+    """
+    document = read_json(folder / "config.json")
+    if document.get("model_type") != "qwen2_5_omni":
+        raise ConfigError(
+            f"{folder} is a {document.get('model_type')!r} model: student.model must be a qwen2_5_omni folder in its "
+            "full layout (with thinker_config)."
+        )
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    model = Thinker.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True)
+    tokenizer = processor.tokenizer
+    if getattr(model.config, "vision_start_token_id", None) is None:
+        # get_rope_index finds the pictures by this id and takes every one for text without it.
+        model.config.vision_start_token_id = tokenizer.convert_tokens_to_ids(processor.vision_bos_token)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.eos_token_id = end_token_ids(model, tokenizer)
+    modules = dict(model.named_children())
+    for name in config.freeze:
+        if name not in modules:
+            raise ConfigError(f"student.freeze: the model has no module {name!r}; it has {', '.join(sorted(modules))}.")
+        modules[name].requires_grad_(False)
+    return Student(model, processor, folder, tuple(config.freeze))
+
+
+def end_token_ids(model: Thinker, tokenizer: Any) -> list[int]:
+    """Every token id that ends a completion: the tokenizer's own first, then the generation configuration's."""
+    declared = model.generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, *(declared if isinstance(declared, list | tuple) else [declared])]
+    return list(dict.fromkeys(i for i in ids if i is not None))
+
+
+def frozen_sha256(student: Student) -> str:
+    """SHA-256 over names, types, shapes and bytes of the frozen parameters."""
+    digest = hashlib.sha256()
+    for name, parameter in student.frozen():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\0".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def check_frozen(student: Student, before: str) -> None:
+    """Compare the frozen parameters with what they hashed to before.
+
+    Raises:
+        TrainingError: where they differ.
+    """
+    if frozen_sha256(student) != before:
+        raise TrainingError(
+            f"Parameters of {', '.join(student.freeze)} changed although they are frozen: the result is not kept."
+        )
+
+
+def set_threads(threads: int | None) -> None:
+    """Use this many CPU threads in this process; None leaves torch's own choice (all cores, or OMP_NUM_THREADS)."""
+    if threads is not None:
+        torch.set_num_threads(threads)
