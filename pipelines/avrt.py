@@ -2,8 +2,8 @@
 
 The graph is the same on the local runner and on a Kubeflow Pipelines backend. What shaped it:
 
-- Shards loop inside a nested pipeline, over a static list: with a loop at the top, the local runner confuses the outputs of
-  other tasks with the loop's item, and both runners refuse ``Collected`` over an empty loop.
+- Shards loop inside a nested pipeline, over a static list: with a loop at the top, the local runner confuses the
+  outputs of other tasks with the loop's item, and both runners refuse ``Collected`` over an empty loop.
 - The gate is a step that raises. A false condition would skip training and let the run look like a success.
 - ``data_validation`` waits for the base's evaluation, so that a run that ends at the gate still shows the base.
 - Where the champion was published is a string: artifacts outside the pipeline's root are refused by the launcher.
@@ -71,7 +71,7 @@ def sharded(name: str, component: Callable[..., Any], options: Options) -> Any:
                 work=work,
             )
             task.set_container_image(options.images.vllm)
-        return dsl.Collected(task.outputs["traces"])
+        return dsl.Collected(task.outputs["traces"])  # type: ignore[no-any-return]
 
     return teacher
 

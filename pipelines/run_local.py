@@ -16,7 +16,7 @@ from pathlib import Path
 from kfp import local
 
 from avrt_lib.config import load
-from avrt_lib.processes import kill_marked
+from avrt_lib.run_processes import kill_marked
 from pipelines.avrt import build
 from pipelines.options import Options, config_parameter
 

@@ -16,7 +16,7 @@ def audio_teacher(
     data_hash: str,
     image: str,
     work: str = "",
-):
+) -> None:
     """Ask the audio teacher about every training sample of one shard, with the sound alone.
 
     Finished chunks are committed one by one, so a step that was killed goes on behind the last of them.

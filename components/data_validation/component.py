@@ -16,7 +16,7 @@ def data_validation(
     data_hash: str,
     image: str,
     work: str = "",
-):
+) -> None:
     """Refuse merged traces that must not be trained on.
 
     The gate raises, and is no condition: a skipped branch would let a failed gate look like a success.

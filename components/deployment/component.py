@@ -17,7 +17,7 @@ def deployment(
     data_hash: str,
     image: str,
     work: str = "",
-):
+) -> None:
     """Bring the champion up at the configured target, ask it held-out questions with sound and picture, check answers.
 
     Where nothing was promoted, the step is skipped and says so.

@@ -19,7 +19,7 @@ def evaluation(
     image: str,
     work: str = "",
     model: Optional[dsl.Input[dsl.Model]] = None,  # noqa: UP045 - kfp reads annotations, and knows only this form
-):
+) -> None:
     """Ask a model the validation and test questions, with greedy decoding, in every configured condition.
 
     Args:

@@ -16,7 +16,7 @@ def grpo(
     data_hash: str,
     image: str,
     work: str = "",
-):
+) -> None:
     """Go on from the SFT checkpoint with group-relative policy optimisation, rewarding format, accuracy and length.
 
     Args:

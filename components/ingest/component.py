@@ -14,7 +14,7 @@ def ingest(
     data_hash: str,
     image: str,
     work: str = "",
-):
+) -> None:
     """Read the configured sources, decode their media to the student's budget, and write the samples of all splits.
 
     A row that cannot be used becomes a dropped row with its reason; the counts add up.

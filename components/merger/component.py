@@ -19,7 +19,7 @@ def merger(
     data_hash: str,
     image: str,
     work: str = "",
-):
+) -> None:
     """Sort the samples into the ledger of who was right, keep those that the filter keeps, and merge their traces.
 
     Args:

@@ -13,7 +13,7 @@ def preflight(
     data_hash: str,
     image: str,
     work: str = "",
-):
+) -> None:
     """Check that the run can succeed: packages, disk, memory, ports, sources and models of the configuration.
 
     A check that makes the run impossible fails the step, with what to do about it; the others are warnings.

@@ -20,7 +20,7 @@ def promotion(
     data_hash: str,
     image: str,
     work: str = "",
-) -> NamedTuple("Outputs", [("champion_uri", str), ("champion_sha256", str)]):
+) -> NamedTuple("Outputs", [("champion_uri", str), ("champion_sha256", str)]):  # type: ignore[valid-type]
     """Choose the winner on the validation questions, and publish it if it beats the base by a paired test.
 
     A model that is not promoted is a success with a reason.
@@ -61,5 +61,5 @@ def promotion(
         work=work,
         library_version=library_version,
     )
-    outputs = namedtuple("Outputs", ["champion_uri", "champion_sha256"])
-    return outputs(facts.get("uri") or "", facts.get("sha256") or "")
+    Outputs = namedtuple("Outputs", ["champion_uri", "champion_sha256"])
+    return Outputs(facts.get("uri") or "", facts.get("sha256") or "")

@@ -17,7 +17,7 @@ def sft(
     data_hash: str,
     image: str,
     work: str = "",
-):
+) -> None:
     """Fine-tune the student on the merged reasoning, with its encoders frozen.
 
     Args:

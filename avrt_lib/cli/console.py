@@ -1,0 +1,34 @@
+"""Where the commands print, and what they do with errors."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+
+from rich.console import Console
+
+from avrt_lib.errors import AvrtError, DiskFullError
+
+#: Results go to standard output, everything else to standard error.
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def fail(error: BaseException, *, debug: bool) -> int:
+    """Print an error as one line (with its traceback under ``--debug``) and return the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = DiskFullError(
+            f"No space left on the disk ({error.filename or 'while writing'}): free some and try again."
+        )
+    if isinstance(error, AvrtError):
+        message, code = str(error), error.exit_code
+    else:
+        message, code = f"{type(error).__name__}: {error}", 1
+        if not debug:
+            message += " (--debug shows where)"
+    line = " ".join(message.split())
+    print(f"avrt: error: {line}", file=sys.stderr, flush=True)
+    return code

@@ -1,0 +1,108 @@
+"""The tables that commands end with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+
+from avrt_lib.config import Config
+
+KINDS = ("either", "both", "sound", "sight")
+
+
+def percent(value: float | None) -> str:
+    """A fraction as a percentage, or a dash."""
+    return "–" if value is None else f"{100 * value:.1f}"
+
+
+def models_table(summary: dict[str, Any]) -> Table:
+    """Base, SFT and GRPO on the held-out test questions."""
+    table = Table(title="Held-out test questions (accuracies in %)", title_justify="left")
+    models = summary["models"]
+    kinds = [kind for kind in KINDS if any(kind in (models[role]["by_kind"] or {}) for role in models)]
+    kinds += sorted({k for role in models for k in (models[role]["by_kind"] or {})} - set(kinds))
+    columns = ["model", "n", "accuracy", "95 % interval", "invalid", "words", *kinds, "audio only", "vision only"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for role, label in (("base", "base"), ("sft", "SFT"), ("grpo", "GRPO")):
+        table.add_row(*_row(label, models[role], kinds))
+    return table
+
+
+def _row(label: str, model: dict[str, Any], kinds: list[str]) -> list[str]:
+    interval = model["ci95"]
+    conditions = model["conditions"]
+    return [
+        label,
+        "–" if model["n"] is None else str(model["n"]),
+        percent(model["accuracy"]),
+        "–" if not interval else f"{percent(interval[0])} – {percent(interval[1])}",
+        percent(model["invalid_rate"]),
+        "–" if model["words_mean"] is None else f"{model['words_mean']:.0f}",
+        *[percent((model["by_kind"] or {}).get(kind)) for kind in kinds],
+        percent(conditions["audio_only"]["accuracy"]),
+        percent(conditions["vision_only"]["accuracy"]),
+    ]
+
+
+def show_summary(summary: dict[str, Any], console: Console) -> None:
+    """Print what came out of a run."""
+    if any(model["n"] is not None for model in summary["models"].values()):
+        console.print(models_table(summary))
+    champion, promotion = summary["champion"], summary["promotion"]
+    if champion:
+        console.print(f"Champion: {champion['model']} version {champion['version']}, {champion['uri']}", soft_wrap=True)
+    elif promotion["promoted"] is False:
+        console.print(f"No champion: {promotion['reason']}", soft_wrap=True)
+
+
+def fidelity_rows(model: type[BaseModel], config: BaseModel, prefix: str = "") -> list[dict[str, Any]]:
+    """Every field that carries a source: its dotted name, the paper's value, the value here, and the source."""
+    rows: list[dict[str, Any]] = []
+    for name, field in model.model_fields.items():
+        value = getattr(config, name)
+        extra = field.json_schema_extra
+        if isinstance(value, BaseModel):
+            rows += fidelity_rows(type(value), value, f"{prefix}{name}.")
+        elif isinstance(extra, dict) and "source" in extra:
+            rows.append({"key": f"{prefix}{name}", "default": extra["paper"], "source": extra["source"], "here": value})
+    return rows
+
+
+SOURCES = ("paper", "authors' correction", "ours")
+HEADINGS = ("key", *SOURCES, "here")
+
+
+def fidelity_cells(config: Config) -> list[tuple[str, ...]]:
+    """One row for each sourced field: its key, its value under the heading of its source, and the value here."""
+    cells = []
+    for row in fidelity_rows(type(config), config):
+        sourced = [_text(row["default"]) if row["source"] == source else "" for source in SOURCES]
+        cells.append((row["key"], *sourced, _text(row["here"])))
+    return cells
+
+
+def fidelity_table(config: Config) -> Table:
+    """Paper, authors' correction, ours, and this configuration, side by side; what differs from its source is bold."""
+    table = Table(title=f"Values of the configuration {config.name!r} and their sources", title_justify="left")
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold")
+    for *cells, here in fidelity_cells(config):
+        table.add_row(*cells, here if here in cells[1:] else f"[bold]{here}[/]")
+    return table
+
+
+def fidelity_markdown(config: Config) -> str:
+    """The same table as Markdown, for docs/fidelity.md."""
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'---|' * len(HEADINGS)}"]
+    for *cells, here in fidelity_cells(config):
+        shown = here if here in cells[1:] else f"**{here}**"
+        lines.append(f"| {' | '.join([f'`{cells[0]}`', *cells[1:], shown])} |")
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

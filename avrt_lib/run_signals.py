@@ -1,0 +1,30 @@
+"""Signals that ask a command to end, as an exception that unwinds everything it started."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+
+class Interrupted(BaseException):
+    """A signal asked the command to end; ``exit_code`` is what a shell expects of it (128 and the signal's number)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """Turn SIGINT, SIGTERM and SIGHUP into ``Interrupted`` within the block."""
+
+    def interrupt(number: int, _: object) -> None:
+        raise Interrupted(number)
+
+    earlier = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
