@@ -21,6 +21,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -100,10 +101,10 @@ def _declare_operators(folders: Sequence[str]) -> None:
     if torch.version.cuda is not None or _libraries:
         return
     for folder in folders:
-        binary = os.path.join(folder, "_C.so")
-        if os.path.exists(binary):
+        binary = Path(folder) / "_C.so"
+        if binary.exists():
             try:
-                torch.ops.load_library(binary)
+                torch.ops.load_library(str(binary))
                 return
             except OSError:  # linked against libraries that a CPU torch does not bring
                 break

@@ -1,1 +1,1 @@
-"""Engines that answer chat requests with media, and the runner that commits what they answered chunk by chunk."""
+"""Engines: OpenAI chat messages in, completions out, from vLLM in this process or from an endpoint."""

@@ -43,7 +43,9 @@ def audio_part(flac: bytes) -> Part:
     try:
         samples, rate = soundfile.read(io.BytesIO(flac), dtype="int16")
     except soundfile.LibsndfileError as error:
-        raise MediaError(f"A sample's audio ({len(flac)} bytes) cannot be decoded ({error}): ingest it again.") from error
+        raise MediaError(
+            f"A sample's audio ({len(flac)} bytes) cannot be decoded ({error}): ingest it again."
+        ) from error
     wav = io.BytesIO()
     soundfile.write(wav, samples, rate, format="WAV", subtype="PCM_16")
     return {"type": "input_audio", "input_audio": {"data": _base64(wav.getvalue()), "format": "wav"}}

@@ -89,7 +89,9 @@ class VllmEngine:
                 **options,
             )
         except ImportError as error:
-            raise EngineError(f"vLLM cannot be imported ({error}): install the extra 'vllm' of this package.") from error
+            raise EngineError(
+                f"vLLM cannot be imported ({error}): install the extra 'vllm' of this package."
+            ) from error
         except Exception as error:  # vLLM wraps failures of loading in many types
             raise EngineError(f"vLLM could not load {folder}: {_first_line(error)}") from error
         log.info("vLLM loaded %s in %.1f s", folder, time.monotonic() - started)
@@ -183,7 +185,7 @@ class VllmEngine:
             }
             parameters.append(SamplingParams(**(settings | dict(extra))))
         try:
-            return list(self._llm.chat([r.messages for r in requests], parameters, use_tqdm=False))  # type: ignore[union-attr]
+            return list(self._llm.chat([r.messages for r in requests], parameters, use_tqdm=False))
         except ValueError as error:
             # vLLM refuses a batch as a whole: halve it until the bad requests stand alone.
             if len(requests) == 1:

@@ -1,0 +1,100 @@
+"""Asks an engine about many items, chunk by chunk, so that a killed step loses one chunk at most."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
+
+from avrt_lib.engine.base import ChatRequest, Completion, Engine
+from avrt_lib.records import R
+from avrt_lib.tables import TableWriter
+from avrt_lib.workspace import Progress
+
+T = TypeVar("T")
+
+
+def derive_seed(*parts: object) -> int:
+    """A sampling seed (31 bits) that depends on nothing but ``parts``: the run's seed, a role, a sample, an attempt."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of ``size``; only one list is held at a time."""
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def run_chunks(
+    engine_factory: Callable[[], Engine],
+    items: Iterable[T],
+    *,
+    make_request: Callable[[T, int], ChatRequest | None],
+    make_row: Callable[[T, Completion | None], R],
+    writer: TableWriter[R],
+    chunk_rows: int,
+    progress: Progress,
+    accept: Callable[[T, Completion], bool] | None = None,
+    attempts: int = 1,
+    mine: Callable[[int], bool] | None = None,
+) -> None:
+    """Make one row of every item and commit them in chunks.
+
+    A chunk is one call of the engine with nothing else in it, and is redone whole where it was not committed, so a
+    resumed run makes the same rows as an undisturbed one. The engine is not built where nothing is left to ask.
+
+    Args:
+        engine_factory: builds the engine when the first request is made; it is closed at the end.
+        items: what to make rows of; read once, chunk by chunk.
+        make_request: the request of an item at an attempt (from 1), or None where there is nothing to ask.
+        make_row: the row of an item and its completion, or of None where there was no request.
+        writer: takes the chunks; those that it has are skipped.
+        chunk_rows: rows that are committed together.
+        progress: counts rows.
+        accept: whether a completion is good; others are asked again while attempts are left.
+        attempts: how often an item is asked at most.
+        mine: which chunk numbers to do; all if not given.
+
+    Raises:
+        EngineError: where the engine fails; chunks committed before stay.
+    """
+    engine: Engine | None = None
+    try:
+        for number, chunk in enumerate(chunked(items, chunk_rows)):
+            if mine is not None and not mine(number):
+                continue
+            key = f"{number:05d}"
+            if not writer.has(key):
+                found: dict[int, Completion] = {}
+                for attempt in range(1, attempts + 1):
+                    asked = [i for i, item in enumerate(chunk) if _open(item, found.get(i), attempt, accept)]
+                    made = [(i, make_request(chunk[i], attempt)) for i in asked]
+                    requests = [(i, request) for i, request in made if request is not None]
+                    if not requests:
+                        break
+                    engine = engine or engine_factory()
+                    answers = _ask(engine, [request for _, request in requests], attempt)
+                    found.update(zip((i for i, _ in requests), answers, strict=True))
+                writer.commit(key, [make_row(item, found.get(i)) for i, item in enumerate(chunk)])
+            progress.advance(len(chunk))
+    finally:
+        if engine is not None:
+            engine.close()
+
+
+def _open(item: T, completion: Completion | None, attempt: int, accept: Callable[[T, Completion], bool] | None) -> bool:
+    """Whether an item is to be asked at this attempt."""
+    if attempt == 1:
+        return True
+    return completion is not None and accept is not None and not accept(item, completion)
+
+
+def _ask(engine: Engine, requests: Sequence[ChatRequest], attempt: int) -> list[Completion]:
+    completions = engine.chat(requests)
+    if attempt == 1:
+        return completions
+    return [dataclasses.replace(completion, attempts=completion.attempts + attempt - 1) for completion in completions]
