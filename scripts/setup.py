@@ -37,7 +37,11 @@ MARK = ".avrt-setup.json"
 #: Packages that do not go through the common installation of the lock.
 TORCH, LAST = "torch", "deepspeed"
 _PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;#]+)")
-_PROBE = "import sys, json, sysconfig, os; print(json.dumps([sys.version_info[:2], os.path.exists(os.path.join(sysconfig.get_paths()['include'], 'Python.h'))]))"
+_PROBE = """
+import json, os, sys, sysconfig
+headers = os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h"))
+print(json.dumps([sys.version_info[:2], headers]))
+"""
 
 
 class SetupError(Exception):
@@ -198,7 +202,7 @@ def install_torch(python: str, version: str, index: str | None) -> None:
     if have.split("+")[0] == version:
         return
     pip = [python, "-m", "pip"]
-    quiet = ["--quiet", "--no-input", "--no-deps"]
+    quiet = ["-qq", "--no-input", "--no-deps"]
     if index is None and pip_offers_cpu(pip, version):
         run([*pip, "install", *quiet, f"{TORCH}=={version}"], f"Installing torch {version}")
         return
@@ -215,7 +219,7 @@ def install_torch(python: str, version: str, index: str | None) -> None:
 
 def uv_environment(python: str) -> dict[str, str]:
     """The environment for uv: an index that pip is configured to use is told to uv too."""
-    env = {**os.environ, "VIRTUAL_ENV": str(Path(python).parent.parent), "UV_NO_PROGRESS": "1"}
+    env = {**os.environ, "VIRTUAL_ENV": str(Path(python).parent.parent)}
     env.setdefault("UV_HTTP_TIMEOUT", "120")
     listed = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
     for key, variable in (("index-url", "UV_DEFAULT_INDEX"), ("cert", "SSL_CERT_FILE")):
@@ -256,7 +260,7 @@ def set_up(build: str, venv: Path, python: str | None, torch_index: str | None) 
     pip = [interpreter, "-m", "pip"]
     say(1, "uv and torch")
     if installed(interpreter, "uv").get("uv") != versions["uv"]:
-        run([*pip, "install", "--quiet", "--no-input", "--no-deps", f"uv=={versions['uv']}"], "Installing uv")
+        run([*pip, "install", "-qq", "--no-input", "--no-deps", f"uv=={versions['uv']}"], "Installing uv")
     if build == "cpu":
         install_torch(interpreter, versions[TORCH], torch_index)
     env = uv_environment(interpreter)
@@ -267,9 +271,9 @@ def set_up(build: str, venv: Path, python: str | None, torch_index: str | None) 
         # Its operators are compiled when they are first used; the build itself only asks torch what it is.
         build_env = {**env, "DS_BUILD_OPS": "0", **({"DS_ACCELERATOR": "cpu"} if build == "cpu" else {})}
         arguments = ["install", "--no-deps", "--no-build-isolation", f"{LAST}=={versions[LAST]}"]
-        run([*pip, "--quiet", *arguments], "Installing DeepSpeed", build_env)
+        run([*pip, "-qq", *arguments], "Installing DeepSpeed", build_env)
     say(4, "avrt")
-    run([*pip, "--quiet", "install", "--no-deps", "--no-build-isolation", "-e", "."], "Installing avrt")
+    run([*pip, "-qq", "install", "--no-deps", "--no-build-isolation", "-e", "."], "Installing avrt")
     run([interpreter, "-c", "import torch, avrt_lib"], "Importing what was installed")
     write_mark(venv, build=build, fingerprint=fingerprint(build))
 
