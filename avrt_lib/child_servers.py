@@ -42,7 +42,7 @@ def require_free(port: int, host: str = LOOPBACK) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise PortInUseError(
-                f"Port {port} on {host} cannot be used ({error.strerror}): stop what listens there or choose another port."
+                f"Port {port} on {host} is taken ({error.strerror}): stop what listens there or choose another."
             ) from error
 
 

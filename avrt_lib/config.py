@@ -244,6 +244,22 @@ class DeploymentConfig(Section):
     serve_unpromoted: bool = Field(False, description="serve the last trained model for the check alone")
     start_timeout_s: float = Field(600.0, gt=0)
     request_timeout_s: float = Field(60.0, gt=0)
+    runtime: str = Field("avrt-vllm", description="cluster: the serving runtime that holds the launcher")
+    service_account: str = Field("avrt-models", description="cluster: may read the model store")
+    cpu: str = Field("4", description="cluster: CPU cores of the predictor, as a Kubernetes quantity")
+    memory: str = Field("16Gi", description="cluster: memory of the predictor, as a Kubernetes quantity")
+    gpus: int = Field(1, ge=0, description="cluster: GPUs of the predictor")
+    manifests_url: str | None = Field(None, description="git: the repository that the cluster follows")
+    manifests_branch: str = "main"
+    manifests_path: str = Field("models", description="git: folder of the model's folder; relative, without ..")
+
+    @model_validator(mode="after")
+    def _git_has_a_repository(self) -> Self:
+        if self.target == "git" and not self.manifests_url:
+            raise ValueError("target git needs manifests_url, the repository that the cluster follows")
+        if self.manifests_path.startswith("/") or ".." in self.manifests_path.split("/"):
+            raise ValueError("manifests_path must be a relative path without ..")
+        return self
 
 
 class StoreConfig(Section):

@@ -105,7 +105,7 @@ def latest_checkpoint(step: str, target: Path, *, bucket: str = "avrt", run_id: 
 
     Args:
         step: what the names start with (``grpo`` for ``grpo/checkpoint-40``).
-        target: the folder in which the checkpoint's own folder is made; one of that name is replaced only if it differs.
+        target: the folder in which the checkpoint's own folder is made; one that differs is replaced.
         bucket, run_id: as for ``push_checkpoint``.
 
     Returns:

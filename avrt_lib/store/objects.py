@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlparse
 
@@ -270,8 +269,8 @@ def download_model(uri: str, target: Path) -> dict[str, Any]:
 
 
 def _fetch(uri: str, folder: Path) -> None:
-    import boto3
-    from kserve_storage import Storage
+    import boto3  # type: ignore[import-untyped]
+    from kserve_storage import Storage  # type: ignore[import-untyped]
 
     scheme = urlparse(uri).scheme
     if scheme == "s3":
@@ -289,7 +288,7 @@ def _fetch(uri: str, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _fresh_session(boto3: ModuleType) -> Iterator[None]:
+def _fresh_session(boto3: Any) -> Iterator[None]:
     """Keep boto3's default session, which remembers the first credentials it saw, out of the block."""
     session, boto3.DEFAULT_SESSION = boto3.DEFAULT_SESSION, None
     try:

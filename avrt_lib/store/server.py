@@ -15,8 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from avrt_lib.errors import EnvironmentProblem
 from avrt_lib.child_servers import LOOPBACK, ChildServer, end_group, free_ports, require_free
+from avrt_lib.errors import EnvironmentProblem
 from avrt_lib.store.objects import S3Settings, reachable
 
 log = logging.getLogger("avrt.store")

@@ -72,7 +72,7 @@ def test_only_loopback_is_listened_on(server: LocalObjectServer) -> None:
     assert server._child is not None
     inodes = set()
     for descriptor in Path(f"/proc/{server._child.pid}/fd").iterdir():
-        target = os.readlink(descriptor)
+        target = str(descriptor.readlink())
         if target.startswith("socket:["):
             inodes.add(target[8:-1])
     listening = []

@@ -1,0 +1,115 @@
+"""The champion's KServe InferenceService, made of the KServe SDK's own classes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from avrt_lib.config import Config
+from avrt_lib.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kserve import V1beta1InferenceService
+
+    from avrt_lib.store import ModelPlace
+
+#: KServe builds the host name NAME-predictor-NAMESPACE, a DNS label of at most 63 characters.
+LONGEST_NAME_AND_NAMESPACE = 52
+
+
+def check_names(config: Config) -> None:
+    """Check that KServe can make a host name of the model's name and the namespace.
+
+    Raises:
+        ConfigError: where both together are too long; the cluster would say so only after the object is made.
+    """
+    name, namespace = config.promotion.model_name, config.deployment.namespace
+    if len(name) + len(namespace) > LONGEST_NAME_AND_NAMESPACE:
+        raise ConfigError(
+            f"promotion.model_name ({name}) and deployment.namespace ({namespace}) have more than "
+            f"{LONGEST_NAME_AND_NAMESPACE} characters together: KServe cannot make a host name of them, shorten one."
+        )
+
+
+def launcher_arguments(config: Config) -> list[str]:
+    """What the launcher must know of training, so that media enter the model as they did there."""
+    return [
+        f"--dtype={config.student.dtype}",
+        f"--max-model-len={config.student.max_model_len}",
+        f"--frames={config.data.frames}",
+        f"--video-longest-side-px={config.student.video_longest_side_px}",
+    ]
+
+
+def inference_service(config: Config, place: ModelPlace, version: int | None) -> V1beta1InferenceService:
+    """The InferenceService of a published model.
+
+    Quantities are canonical and no field is empty, so that the stored object does not differ from this one.
+
+    Args:
+        config: ``promotion.model_name``, ``deployment`` and ``student`` are read.
+        place: the published model.
+        version: its version in the registry.
+
+    Raises:
+        ConfigError: where the names are too long for KServe.
+    """
+    from kserve import (
+        V1beta1InferenceService,
+        V1beta1InferenceServiceSpec,
+        V1beta1ModelFormat,
+        V1beta1ModelSpec,
+        V1beta1PredictorSpec,
+        constants,
+    )
+    from kubernetes.client import V1ObjectMeta, V1ResourceRequirements
+
+    check_names(config)
+    deployment = config.deployment
+    resources = {"cpu": deployment.cpu, "memory": deployment.memory}
+    if deployment.gpus:
+        resources["nvidia.com/gpu"] = str(deployment.gpus)
+    annotations = {"serving.kserve.io/deploymentMode": "Standard", "avrt/model-sha256": place.sha256}
+    if version is not None:
+        annotations["avrt/model-version"] = str(version)
+    return V1beta1InferenceService(
+        api_version=constants.KSERVE_V1BETA1,
+        kind=constants.KSERVE_KIND_INFERENCESERVICE,
+        metadata=V1ObjectMeta(
+            name=config.promotion.model_name,
+            namespace=deployment.namespace,
+            annotations=annotations,
+            labels={"app.kubernetes.io/name": config.promotion.model_name, "app.kubernetes.io/part-of": "avrt"},
+        ),
+        spec=V1beta1InferenceServiceSpec(
+            predictor=V1beta1PredictorSpec(
+                service_account_name=deployment.service_account,
+                min_replicas=1,
+                max_replicas=1,
+                # Longer than the launcher's drain, or the kubelet would cut the last answers off.
+                termination_grace_period_seconds=60,
+                model=V1beta1ModelSpec(
+                    name=None,
+                    model_format=V1beta1ModelFormat(name="vLLM"),
+                    runtime=deployment.runtime,
+                    storage_uri=place.uri,
+                    args=launcher_arguments(config),
+                    resources=V1ResourceRequirements(requests=dict(resources), limits=dict(resources)),
+                ),
+            )
+        ),
+    )
+
+
+def to_dict(service: V1beta1InferenceService) -> dict[str, Any]:
+    """The object as the API server takes it."""
+    from kubernetes.client import ApiClient
+
+    document: dict[str, Any] = ApiClient().sanitize_for_serialization(service)
+    return document
+
+
+def to_yaml(service: V1beta1InferenceService) -> str:
+    """The object as a manifest file."""
+    return str(yaml.safe_dump(to_dict(service), sort_keys=False, width=1000))

@@ -1,0 +1,73 @@
+"""What of vLLM's server the outside sees: the OpenAI routes, health, and metrics on request. Everything else is 404.
+
+vLLM's own API key guards only some of its routes (``/invocations``, ``/tokenize`` and ``/metrics`` are open), and its
+health stays 200 while it drains. The gate stands in front of both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+HEALTH = "/health"
+METRICS = "/metrics"
+EXPOSE_METRICS = "AVRT_EXPOSE_METRICS"
+ROUTES = {"/v1/models": "GET", "/v1/chat/completions": "POST", "/v1/completions": "POST", HEALTH: "GET"}
+
+
+class Gate:
+    """ASGI middleware; vLLM builds it from its name (``--middleware``), so its settings come from the environment.
+
+    ``AVRT_EXPOSE_METRICS=1`` opens ``/metrics``. From the moment at which the engine is told to shut down, every new
+    request (health included) gets 503, so that a load balancer looks elsewhere, while those in flight are finished.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._routes = dict(ROUTES)
+        if os.environ.get(EXPOSE_METRICS) == "1":
+            self._routes[METRICS] = "GET"
+        self.draining = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 404, 405 or 503."""
+        if scope["type"] == "lifespan":
+            self._watch_shutdown(scope)
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif (method := self._routes.get(scope["path"])) is None:
+            await _refuse(send, 404, f"There is no {scope['path']} here.")
+        elif scope["method"] != method:
+            await _refuse(send, 405, f"{scope['path']} takes {method}.")
+        elif self.draining:
+            await _refuse(send, 503, "This server is shutting down.")
+        else:
+            await self._app(scope, receive, send)
+
+    def _watch_shutdown(self, scope: Scope) -> None:
+        """Learn of the shutdown where it begins: with the call that tells the engine to drain."""
+        engine = scope["app"].state.engine_client
+        shutdown = engine.shutdown
+
+        def drain(*args: Any, **kwargs: Any) -> Any:
+            self.draining = True
+            return shutdown(*args, **kwargs)
+
+        engine.shutdown = drain
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    body = json.dumps({"error": {"message": message, "code": status}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 503:
+        headers += [(b"retry-after", b"5"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,341 @@
+"""MLflow: one parent run, one child per step, metrics in batches, and the registry's champion.
+
+MLflow is imported only where tracking is on (``MLFLOW_TRACKING_URI`` is set). A step never fails because tracking is
+down: it logs a warning, and after three failures in a row it stops trying. The registry is different, since a promotion
+that nobody can find is none: ``register_champion`` raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from avrt_lib import __version__
+from avrt_lib.config import Config, from_json
+from avrt_lib.errors import StoreError
+
+log = logging.getLogger("avrt.tracking")
+
+URI = "MLFLOW_TRACKING_URI"
+RUN = "MLFLOW_RUN_ID"
+PARENT = "AVRT_MLFLOW_PARENT"
+STEP = "AVRT_STEP"
+RUN_ID = "AVRT_RUN_ID"
+DATA_HASH = "AVRT_DATA_HASH"
+CHAMPION = "champion"
+
+_FLUSH_AFTER_S = 2.0
+_FLUSH_AT = 200
+_FAILURES = 3
+_PARAM_CHARS = 6000
+
+
+@dataclass
+class StepRun:
+    """The MLflow run of this process's step."""
+
+    client: Any
+    run_id: str
+    _metrics: list[Any] = field(default_factory=list)
+    _flushed: float = field(default_factory=time.monotonic)
+    _failures: int = 0
+
+    def log_metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Buffer metrics; they are sent in batches."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._metrics += [Metric(key, float(value), now, step) for key, value in values.items()]
+        if len(self._metrics) >= _FLUSH_AT or time.monotonic() - self._flushed > _FLUSH_AFTER_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send what is buffered; what cannot be sent is dropped with a warning."""
+        metrics, self._metrics, self._flushed = self._metrics, [], time.monotonic()
+        for start in range(0, len(metrics), 1000):
+            batch = metrics[start : start + 1000]
+            self.attempt("logging metrics", partial(self.client.log_batch, self.run_id, metrics=batch))
+
+    def attempt(self, what: str, action: Callable[[], Any]) -> None:
+        """Do something with the tracking server, or warn that it cannot be done."""
+        if self._failures >= _FAILURES:
+            return
+        try:
+            action()
+        except _tracking_failures() as error:
+            self._failures += 1
+            more = " (no further attempts)" if self._failures >= _FAILURES else ""
+            log.warning("MLflow: %s failed%s: %s", what, more, _line(error))
+        else:
+            self._failures = 0
+
+
+_active: StepRun | None = None
+
+
+def log_metrics(values: Mapping[str, float], step: int) -> None:
+    """Log metrics of the running step; without tracking, nothing."""
+    if _active is not None:
+        _active.log_metrics(values, step)
+
+
+def log_params(values: Mapping[str, Any]) -> None:
+    """Log parameters of the running step; without tracking, nothing."""
+    run = _active
+    if run is not None:
+        params = _params(values)
+        run.attempt("logging parameters", lambda: run.client.log_batch(run.run_id, params=params))
+
+
+def log_artifact(path: Path, folder: str | None = None) -> None:
+    """Attach a file or folder to the running step; without tracking, nothing."""
+    run = _active
+    if run is not None:
+        action = run.client.log_artifacts if path.is_dir() else run.client.log_artifact
+        run.attempt(f"attaching {path.name}", lambda: action(run.run_id, str(path), folder))
+
+
+@contextlib.contextmanager
+def start_parent(config: Config, folder: Path, *, uri: str, data_hash: str = "") -> Iterator[dict[str, str]]:
+    """The parent run of one pipeline run.
+
+    A run that is resumed goes on in the parent that it had.
+
+    Args:
+        config: its parameters.
+        folder: the run's folder; its name is the run's name.
+        uri: the tracking store; for ``sqlite:///RUNS/mlflow.db`` artifacts go to ``RUNS/mlartifacts``.
+        data_hash: hash of the source data; a tag of the run and of its champion.
+
+    Yields:
+        The environment that lets the run's steps join it.
+    """
+    environment = {RUN_ID: folder.name, DATA_HASH: data_hash}
+    run: StepRun | None = None
+    try:
+        client = _client(uri)
+        experiment = _experiment(client, config.tracking.experiment, uri)
+        tags = {
+            "mlflow.runName": folder.name,
+            "avrt.run": folder.name,
+            "avrt.data_hash": data_hash,
+            "avrt.config_hash": config.sha256,
+            "avrt.code_version": __version__,
+        }
+        run = StepRun(client, _run(client, experiment, {"avrt.run": folder.name}, tags))
+    except _tracking_failures() as error:
+        log.warning("MLflow at %s cannot be reached, so nothing is tracked: %s", uri, _line(error))
+        yield environment
+        return
+    run.attempt("logging parameters", lambda: client.log_batch(run.run_id, params=_params(flat(config))))
+    environment |= {
+        URI: uri,
+        PARENT: run.run_id,
+        "MLFLOW_EXPERIMENT_ID": experiment,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    with _finishing(run):
+        yield environment
+
+
+@contextlib.contextmanager
+def step_run(instance: str, config: str | Config) -> Iterator[StepRun | None]:
+    """The MLflow run of one step instance; without ``MLFLOW_TRACKING_URI`` nothing.
+
+    It joins the run that ``MLFLOW_RUN_ID`` names, where the platform made one for this task, and leaves that run's end
+    to the platform. Otherwise it is a child of ``AVRT_MLFLOW_PARENT``; a step that is started again goes on in the
+    child that it had.
+
+    Args:
+        instance: the step instance's name (``evaluation-sft``).
+        config: the run's configuration, or its JSON text.
+    """
+    global _active
+    with _variables({STEP: instance}):
+        uri = os.environ.get(URI)
+        run, joined = (None, False) if not uri else _begin(uri, instance, config)
+        if run is None:
+            yield None
+            return
+        before, _active = _active, run
+        try:
+            with _variables({RUN: run.run_id}), contextlib.nullcontext() if joined else _finishing(run):
+                yield run
+        finally:
+            run.flush()
+            _active = before
+
+
+def _begin(uri: str, instance: str, config: str | Config) -> tuple[StepRun | None, bool]:
+    settings = config if isinstance(config, Config) else from_json(config)
+    given, parent = os.environ.get(RUN), os.environ.get(PARENT)
+    try:
+        client = _client(uri)
+        if given:
+            client.get_run(given)
+            return StepRun(client, given), True
+        experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or _experiment(client, settings.tracking.experiment, uri)
+        identity = {"avrt.step": instance}
+        if parent:
+            identity["mlflow.parentRunId"] = parent
+        tags = {**identity, "mlflow.runName": instance, "avrt.config_hash": settings.sha256}
+        found = _run(client, experiment, identity if parent else {}, tags)
+    except _tracking_failures() as error:
+        log.warning("MLflow at %s cannot be reached, so %s is not tracked: %s", uri, instance, _line(error))
+        return None, False
+    return StepRun(client, found), False
+
+
+@contextlib.contextmanager
+def _finishing(run: StepRun) -> Iterator[None]:
+    """End the run as what the block ends as."""
+    status = "FAILED"
+    try:
+        yield
+        status = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    finally:
+        run.flush()
+        run.attempt("ending the run", lambda: run.client.set_terminated(run.run_id, status))
+
+
+def register_champion(uri: str, name: str, tags: Mapping[str, str]) -> int | None:
+    """Register a published model and point the alias ``champion`` at it.
+
+    A model that is registered already (the same address) keeps its version.
+
+    Args:
+        uri: where the model is published.
+        name: the registered model.
+        tags: of the version: ``sha256``, ``data_hash``, ``config_hash``, ``code_version`` …
+
+    Returns:
+        The version, or None where tracking is off.
+
+    Raises:
+        StoreError: where the registry refuses.
+    """
+    tracking_uri = os.environ.get(URI)
+    if not tracking_uri:
+        log.warning("MLFLOW_TRACKING_URI is not set: %s is published but not registered", uri)
+        return None
+    try:
+        from mlflow.exceptions import MlflowException
+
+        client = _client(tracking_uri)
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        known = [v for v in client.search_model_versions(f"name = '{name}'") if v.source == uri]
+        run_id = _active.run_id if _active is not None else None
+        found = known[0] if known else client.create_model_version(name, source=uri, run_id=run_id)
+        for key, value in tags.items():
+            client.set_model_version_tag(name, found.version, key, value)
+        client.set_registered_model_alias(name, CHAMPION, found.version)
+    except _tracking_failures() as error:
+        raise StoreError(f"MLflow at {tracking_uri} did not register {name} ({uri}): {_line(error)}.") from error
+    return int(found.version)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """The configuration with dotted keys; values that are not set are left out."""
+    result: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict) and node:
+            for key, value in node.items():
+                walk(f"{prefix}.{key}" if prefix else key, value)
+        elif node is not None:
+            result[prefix] = node
+
+    walk("", config.model_dump(mode="json"))
+    return result
+
+
+def _params(values: Mapping[str, Any]) -> list[Any]:
+    from mlflow.entities import Param
+
+    return [Param(key, str(value)[:_PARAM_CHARS]) for key, value in values.items()]
+
+
+def _client(uri: str) -> Any:
+    for name, value in {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        # Without these a server that is down costs minutes of retries.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    }.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _experiment(client: Any, name: str, uri: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = None
+        if uri.startswith("sqlite:///"):
+            location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run made it meanwhile
+                raise
+            found = client.get_experiment_by_name(name)
+    return str(found.experiment_id)
+
+
+def _run(client: Any, experiment: str, identity: Mapping[str, str], tags: Mapping[str, str]) -> str:
+    """The newest run with the identifying tags, opened again, or a new one."""
+    if identity:
+        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+        found = client.search_runs([experiment], filter_string=wanted, max_results=1)
+        if found:
+            client.update_run(found[0].info.run_id, status="RUNNING")
+            return str(found[0].info.run_id)
+    return str(client.create_run(experiment, tags=dict(tags)).info.run_id)
+
+
+def _tracking_failures() -> tuple[type[Exception], ...]:
+    """What a tracking store that is down, full or refusing raises (``requests`` raises ``OSError``)."""
+    try:
+        from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError:  # tracking is asked for, but this image does not have it
+        return (ImportError,)
+    return (MlflowException, SQLAlchemyError, OSError)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@contextlib.contextmanager
+def _variables(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
