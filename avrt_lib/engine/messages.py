@@ -88,13 +88,11 @@ def student_messages(prompt: str, sample: Sample, condition: str = "av") -> list
         condition: ``av``, ``audio_only`` or ``vision_only``: which modalities it gets.
 
     Returns:
-        The messages, or None where the condition leaves no modality of this sample, or takes away none (a silent
-        video with vision only is the same question again).
+        The messages, or None where the condition leaves no modality of this sample.
     """
     video = [video_part(sample.frames)] if sample.frames and condition != "audio_only" else []
     audio = [audio_part(sample.audio)] if sample.audio is not None and condition != "vision_only" else []
-    missing = not sample.frames or sample.audio is None
-    if not (video or audio) or (missing and condition != "av"):
+    if not (video or audio):
         return None
     text = prompts.question_prompt("student", prompt, sample.question, sample.options)
     return chat(text, [*video, *audio], prompts.template("student", prompt).system)

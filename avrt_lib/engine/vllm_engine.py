@@ -76,7 +76,7 @@ class VllmEngine:
                     "kv_cache_memory_bytes": int(config.kv_cache_gib * _GIB),
                     "max_num_batched_tokens": max(config.max_model_len, 8192),
                 }
-            self._llm = LLM(
+            self._llm: Any = LLM(
                 model=str(folder),
                 dtype=config.dtype,
                 max_model_len=config.max_model_len,

@@ -1,7 +1,7 @@
 """What may be wrong with a merged trace, found by comparing it with the two traces that it merges.
 
-The checks look at words alone, so they are cheap, the same for every merger, and deliberately reluctant: each flag names
-something that a reader would agree with. Flags are counted and shown; the gate before training decides.
+The checks look at words alone, so they are cheap, the same for every merger, and deliberately reluctant: each flag
+names something that a reader would agree with. Flags are counted and shown; the gate before training decides.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _LEAKS = re.compile(
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _STOP = frozenset(
     """
-    a about above after again all also although am an and any are as at be because been before being below between both
-    but by can could did do does doing done each either else ever every for from further had has have having he her here
-    him his how i if in into is it its itself just like may maybe me might more most much must my neither no nor not now
-    of off on one only onto or other our out over own perhaps same she should since so some such than that the their them
-    then there these they this those though through thus to too toward towards under until up upon us very was we well
-    were what when where which while who whose why will with within without would yes yet you your therefore hence
-    answer answers option options question correct right wrong best choice letter final
+    a about above after again all also although am an and any are as at be because been before being below between
+    both but by can could did do does doing done each either else ever every for from further had has have having he
+    her here him his how i if in into is it its itself just like may maybe me might more most much must my neither
+    no nor not now of off on one only onto or other our out over own perhaps same she should since so some such than
+    that the their them then there these they this those though through thus to too toward towards under until up
+    upon us very was we well were what when where which while who whose why will with within without would yes yet
+    you your therefore hence answer answers option options question correct right wrong best choice letter final
     """.split()  # noqa: SIM905 (a table of words reads better as text)
 )
 

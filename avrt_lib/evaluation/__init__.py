@@ -1,0 +1,171 @@
+"""Evaluation: one model, greedy, on the held-out questions with all modalities and with one removed.
+
+The model is asked through vLLM, as it will be served; validation questions (with all modalities) are what promotion
+chooses by, test questions are what is reported.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from avrt_lib import models
+from avrt_lib.config import Config
+from avrt_lib.errors import EngineError, UsageError
+from avrt_lib.records import Prediction, Sample
+from avrt_lib.tables import MANIFEST, TableWriter, hash_folder, read_json, read_rows, write_json
+from avrt_lib.workspace import Workspace
+
+if TYPE_CHECKING:
+    from multiprocessing.context import SpawnContext
+
+    from avrt_lib.engine.vllm_engine import VllmEngine
+
+ROLES = ("base", "sft", "grpo")
+METRICS = "metrics.json"
+PARITY = "parity.json"
+
+
+def run(
+    config: Config,
+    *,
+    workspace: Workspace,
+    samples: Path,
+    predictions: Path,
+    role: str,
+    model: Path | None = None,
+) -> dict[str, Any]:
+    """Ask one model all validation and test questions.
+
+    Args:
+        config: ``student``, ``evaluation``, ``seed``, ``data.frames`` and ``promotion.parity_samples`` are read.
+        workspace: where progress is counted.
+        samples: the samples table.
+        predictions: the predictions table to write, with ``metrics.json`` beside it; chunks that it holds are kept.
+        role: ``base``, ``sft`` or ``grpo``.
+        model: the checkpoint; for the base it may be left out and is then ``student.model``.
+
+    Returns:
+        What ``metrics.summarise`` gives, and ``parity`` (see ``avrt_lib.evaluation.parity``).
+
+    Raises:
+        UsageError: where the role is not known, or a trained one comes without its model.
+        EngineError: where the model cannot be loaded or fails.
+    """
+    if role not in ROLES:
+        raise UsageError(f"There is no model role {role!r}: name one of {', '.join(ROLES)}.")
+    if model is None and role != "base":
+        raise UsageError(f"Evaluation of {role} needs the model folder that its training made.")
+    folder = models.resolve(str(model or config.student.model))
+    name = f"{role}@{_content(folder)[:12]}"
+    writer = TableWriter(predictions, Prediction, {"step": "evaluation", "model": name})
+    held = _Held(config, folder, name)
+    try:
+        _ask_all(config, workspace, samples, folder, writer, held, name)
+        writer.finish()
+        parity = _parity(config, samples, folder, predictions / PARITY, held)
+    finally:
+        held.release()
+    from avrt_lib.evaluation.metrics import summarise
+
+    resamples = config.evaluation.bootstrap_samples
+    facts = summarise(read_rows(predictions, Prediction), resamples=resamples, seed=config.seed)
+    facts["parity"] = parity
+    write_json(predictions / METRICS, facts)
+    return facts
+
+
+class _Held:
+    """One engine for the questions and for parity, built when it is first needed."""
+
+    def __init__(self, config: Config, folder: Path, name: str) -> None:
+        self._arguments = (config, folder, name)
+        self._engine: VllmEngine | None = None
+
+    def get(self) -> VllmEngine:
+        if self._engine is None:
+            from avrt_lib.evaluation.asking import build_engine
+
+            self._engine = build_engine(*self._arguments)
+        return self._engine
+
+    def release(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+def _content(folder: Path) -> str:
+    """The checkpoint's content hash, so that predictions of the same weights name the same model everywhere."""
+    if (folder / MANIFEST).exists():
+        return str(read_json(folder / MANIFEST).get("content_sha256") or hash_folder(folder))
+    return hash_folder(folder)
+
+
+def _ask_all(
+    config: Config,
+    workspace: Workspace,
+    samples: Path,
+    folder: Path,
+    writer: TableWriter[Prediction],
+    held: _Held,
+    name: str,
+) -> None:
+    """Share 0 is asked here, the other shares in processes beside this one."""
+    from avrt_lib.evaluation.asking import ask, ask_in_child
+
+    processes = config.evaluation.processes
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    context: SpawnContext = multiprocessing.get_context("spawn")
+    failures = context.Queue()
+    children = [
+        context.Process(
+            target=ask_in_child,
+            args=(config.to_json(), samples, folder, writer.folder, name, share, failures),
+            name=f"evaluation-{share}",
+            daemon=True,
+        )
+        for share in range(1, processes)
+    ]
+    try:
+        for child in children:
+            child.start()
+        with workspace.progress("answers", _count(config, samples)) as progress:
+            ask(config, samples, writer, progress, held.get, name, 0)
+            for child in children:
+                child.join()
+                if child.exitcode:
+                    reason = failures.get(timeout=1) if not failures.empty() else f"exit code {child.exitcode}"
+                    raise EngineError(f"An evaluation process of {name} failed: {reason}")
+            progress.done = progress.total or progress.done
+    finally:
+        for child in children:
+            if child.is_alive():
+                child.terminate()
+                child.join()
+
+
+def _count(config: Config, samples: Path) -> int:
+    from avrt_lib.evaluation.asking import conditions_of
+
+    columns = ["split", "media_kind"]
+    return sum(
+        len(conditions_of(config, row.split, picture=row.media_kind != "audio", sound=row.media_kind != "silent_video"))
+        for row in read_rows(samples, Sample, columns=columns)
+    )
+
+
+def _parity(config: Config, samples: Path, folder: Path, path: Path, held: _Held) -> dict[str, Any]:
+    if path.exists():
+        return dict(read_json(path))
+    from avrt_lib.evaluation.parity import parity
+
+    wanted = config.promotion.parity_samples
+    chosen = list(islice(read_rows(samples, Sample, split="validation"), wanted))
+    found = parity(folder, chosen, config, engine=held.get() if chosen else None)
+    write_json(path, found)
+    return found

@@ -1,0 +1,162 @@
+"""Asks one model all questions of an evaluation, or one share of them."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.queues import Queue
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from avrt_lib import answers
+from avrt_lib.config import Config, EngineConfig, from_json
+from avrt_lib.engine import factory, student_media
+from avrt_lib.engine.base import ChatRequest, Completion
+from avrt_lib.engine.messages import student_messages
+from avrt_lib.engine.runner import run_chunks
+from avrt_lib.errors import EngineError
+from avrt_lib.evaluation.official import is_correct
+from avrt_lib.records import Prediction, Sample
+from avrt_lib.tables import TableWriter, read_rows
+from avrt_lib.workspace import Progress
+
+if TYPE_CHECKING:
+    from avrt_lib.engine.vllm_engine import VllmEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One sample in one condition."""
+
+    sample: Sample
+    condition: str
+
+
+def conditions_of(config: Config, split: str, *, picture: bool, sound: bool) -> list[str]:
+    """The conditions in which a sample is asked: those that leave it a modality; validation only with all of them."""
+    by_split: dict[str, list[str]] = {"validation": ["av"], "test": list(config.evaluation.conditions)}
+    possible = {"av": True, "audio_only": sound, "vision_only": picture}
+    return [condition for condition in by_split.get(split, []) if possible[condition]]
+
+
+def questions(config: Config, samples: Path) -> Iterator[Asked]:
+    """All that is asked, a sample's conditions side by side, so that its media are processed once."""
+    for sample in read_rows(samples, Sample):
+        picture, sound = bool(sample.frames), sample.audio is not None
+        for condition in conditions_of(config, sample.split, picture=picture, sound=sound):
+            yield Asked(sample, condition)
+
+
+def build_engine(config: Config, model: Path, name: str) -> VllmEngine:
+    """vLLM with a student checkpoint, as it is evaluated and served.
+
+    Raises:
+        EngineError: where it cannot be loaded.
+    """
+    student = config.student
+    engine = EngineConfig(
+        model=str(model),
+        dtype=student.dtype,
+        max_model_len=student.max_model_len,
+        kv_cache_gib=student.kv_cache_gib,
+        max_tokens=config.evaluation.max_tokens,
+        trust_remote_code=student.trust_remote_code,
+    )
+    return factory.build(  # type: ignore[return-value]  # kind "vllm" builds this one
+        engine,
+        limits=student_media.limits(),
+        mm_kwargs=student_media.processor_kwargs(student),
+        media_io_kwargs=student_media.media_io_kwargs(config.data.frames),
+        name=name,
+    )
+
+
+def ask(
+    config: Config,
+    samples: Path,
+    writer: TableWriter[Prediction],
+    progress: Progress,
+    engine_factory: Callable[[], VllmEngine],
+    name: str,
+    share: int,
+) -> None:
+    """Write the predictions of one share of the chunks (number ``share`` of ``evaluation.processes``)."""
+
+    def make_request(item: Asked, attempt: int) -> ChatRequest | None:
+        messages = student_messages(config.student.prompt, item.sample, item.condition)
+        if messages is None:
+            return None
+        return ChatRequest(f"{item.sample.id} {item.condition}", messages, config.evaluation.max_tokens)
+
+    run_chunks(
+        engine_factory,
+        questions(config, samples),
+        make_request=make_request,
+        make_row=lambda item, completion: prediction(item, completion, name),
+        writer=writer,
+        chunk_rows=config.evaluation.chunk_rows,
+        progress=progress,
+        mine=lambda number: number % config.evaluation.processes == share,
+    )
+
+
+def prediction(item: Asked, completion: Completion | None, name: str) -> Prediction:
+    """The row of one answer."""
+    sample = item.sample
+    text = completion.text if completion else ""
+    answer = answers.extract(text, sample.options)
+    return Prediction(
+        sample_id=sample.id,
+        split=sample.split,
+        group=sample.group,
+        question_type=sample.question_type,
+        model=name,
+        condition=item.condition,
+        raw_text=text,
+        answer_index=answer.index,
+        invalid_reason=answer.reason,
+        correct_strict=None if sample.answer_index is None else answer.index == sample.answer_index,
+        correct_official=is_correct(answer.index, sample.answer_index, sample.options),
+        words=answers.count_words(answers.split_reasoning(text)[0]),
+        tokens_in=completion.tokens_in if completion else 0,
+        tokens_out=completion.tokens_out if completion else 0,
+        latency_s=completion.latency_s if completion else 0.0,
+        error=completion.error if completion else "no picture and no sound",
+    )
+
+
+def ask_in_child(
+    config: str, samples: Path, model: Path, predictions: Path, name: str, share: int, failures: Queue[str]
+) -> None:
+    """``ask`` in a spawned process; what fails is told through ``failures``."""
+    _end_with_parent()
+    settings = from_json(config)
+    try:
+        ask(
+            settings,
+            samples,
+            TableWriter(predictions, Prediction),
+            Progress(None, "answers", None),
+            lambda: build_engine(settings, model, name),
+            name,
+            share,
+        )
+    except EngineError as error:
+        failures.put(str(error))
+        raise
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone, however that ended: nothing may be left running."""
+    parent = parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
