@@ -114,7 +114,7 @@ def _test(work: Path, index: Mapping[str, Sample]) -> list[tuple[str, str, list[
         for row in _rows(newest_table(work, f"evaluation-{model}", "predictions"), Prediction):
             if row.split == "test" and row.condition == "av" and row.sample_id in index:
                 answers.setdefault(row.sample_id, {})[model] = row
-    gained, kept, missed = "Test: the base fails, training succeeds", "Test: all agree", "Test: still wrong"
+    gained, kept, missed = "Test: the base fails, training succeeds", "Test: all right", "Test: still wrong"
     by_title: dict[str, list[str]] = {gained: [], kept: [], missed: []}
     for sample_id in sorted(answers):
         rights = [bool(answers[sample_id][model].correct_strict) for model in MODELS if model in answers[sample_id]]

@@ -114,7 +114,7 @@ def headline(summary: Json, models: Mapping[str, Json]) -> str:
     if summary.get("status") != "succeeded":
         return f"The run failed in {failure.get('step') or 'an unnamed step'}."
     known = [(MODELS[role], model["accuracy"]) for role, model in models.items() if model.get("accuracy") is not None]
-    course = ", then ".join(f"{name} {charts.percent(accuracy)}" for name, accuracy in known)
+    course = ", ".join(f"{name} {charts.percent(accuracy)}" for name, accuracy in known)
     champion = _mapping(summary.get("champion"))
     verdict = f"Promoted: {champion.get('model')}" if champion else "Nothing was promoted"
     if champion and champion.get("version") is not None:

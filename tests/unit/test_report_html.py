@@ -172,13 +172,13 @@ def test_report_shows_the_verdict_and_each_part(run_dir: Path) -> None:
     assert report == run_dir / "report.html"
     text = report.read_text(encoding="utf-8")
     for expected in (
-        "Promoted: avrt-miniature, version 1. Base 31.2 %, then SFT 73.5 %, then GRPO 90.8 %.",
+        "Promoted: avrt-miniature, version 1. Base 31.2 %, SFT 73.5 %, GRPO 90.8 %.",
         "GRPO beats the base on the validation questions (p &lt; 0.001).",
         "86.8 % – 93.8 %",
         "Both right",
         "1 222",
         "Test: the base fails, training succeeds",
-        "Test: all agree",
+        "Test: all right",
         "Test: still wrong",
         "Training: the teachers disagree, so the filter leaves it out",
         "sounds like a bell",
