@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from avrt_lib.errors import MediaError
@@ -83,8 +84,9 @@ def sample_video(path: Path, *, count: int, longest_side_px: int, quality: int, 
         frames: list[bytes] = []
         times: list[float] = []
         size = (0, 0)
+        reformatter = VideoReformatter()
         for target, frame in zip(targets, _pick(path, container, stream, index, targets), strict=True):
-            image, size = _upright(path, frame, stream, limits)
+            image, size = _upright(path, frame, stream, limits, reformatter)
             frames.append(jpeg(image, longest_side_px, quality))
             times.append(round(target * index.base - index.start, 6))
         rate = stream.average_rate or stream.guessed_rate
@@ -197,10 +199,14 @@ def _check_size(path: Path, width: int, height: int, limits: Limits) -> None:
         raise MediaError(f"{path} has {width}×{height} pixels, a strip that no vision encoder takes: crop it first.")
 
 
-def _upright(path: Path, frame: VideoFrame, stream: VideoStream, limits: Limits) -> tuple[Image.Image, tuple[int, int]]:
+def _upright(
+    path: Path, frame: VideoFrame, stream: VideoStream, limits: Limits, reformatter: VideoReformatter
+) -> tuple[Image.Image, tuple[int, int]]:
     """The frame as it is meant to be seen, and that size in pixels of the source."""
     _check_size(path, frame.width, frame.height, limits)
-    image = frame.to_image()
+    # One reformatter with one thread: each call of `to_image` would start threads of its own, which costs more than the
+    # conversion of a small frame.
+    image = Image.fromarray(reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray())
     pixel = stream.sample_aspect_ratio
     if pixel and pixel > 0 and pixel != 1:
         # Shrink the longer direction of the pixels rather than stretch the other, since nothing is ever upscaled.
