@@ -133,7 +133,9 @@ def _supervise(folder: RunFolder, config: Config, data_hash: str, watch: Callabl
         with contextlib.ExitStack() as stack:
             environment = {**os.environ, **OFFLINE, "AVRT_STEP_LOGS": "1", "TMPDIR": temporary}
             keep = frozenset[int]()
-            if config.store.kind == "s3":
+            if config.store.kind == "local":
+                environment["AVRT_LOCAL_STORE"] = str(folder.store)
+            elif "AVRT_S3_ENDPOINT" not in os.environ:
                 from avrt_lib.store import LocalObjectServer
 
                 server = stack.enter_context(LocalObjectServer(folder.store, bucket=config.store.bucket))

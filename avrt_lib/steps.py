@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avrt_lib import __version__
+from avrt_lib import __version__, tracking
 from avrt_lib.config import Config, from_json
 from avrt_lib.errors import AvrtError, DiskFullError, EnvironmentProblem, OutputMissingError
 from avrt_lib.tables import MANIFEST, hash_folder, place_folder, read_json, write_json
@@ -158,13 +158,16 @@ def run_step(
         done = workspace.scratch / DONE
         reused = step.repeatable and done.exists()
         if reused:
-            facts = read_json(done)["facts"]
+            facts: dict[str, Any] = read_json(done)["facts"]
             log.info("%s: finished before with the same inputs; taken from %s", instance, workspace.scratch)
         else:
             workspace.scratch.mkdir(parents=True, exist_ok=True)
             run = importlib.import_module(step.module).run
             making = {k: workspace.scratch / k for k in step.outputs}
-            facts = run(settings, workspace=workspace, **paths, **making, **given)
+            with tracking.step_run(instance, settings) as tracked:
+                facts = run(settings, workspace=workspace, **paths, **making, **given)
+                if tracked is not None:
+                    tracked.log_metrics(scalars(facts), step=0)
             for output, folder in making.items():
                 if not folder.is_dir() or not any(folder.iterdir()):
                     raise OutputMissingError(f"{instance} ended without its output {output!r} ({folder}).")

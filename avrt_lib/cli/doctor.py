@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.markup import escape
 from rich.table import Table
 
 from avrt_lib.cli.console import out
@@ -26,7 +27,7 @@ def examine(config_file: Path | None, runs_dir: Path, port: int) -> int:
         found += [*checks.sources(config), *checks.models(config, local=True), *checks.endpoints(config)]
     table = Table("check", "", "found", "what to do", title="This machine", title_justify="left")
     for check in found:
-        table.add_row(check.name, f"[{STYLES[check.status]}]{check.status}[/]", check.found, check.mend)
+        table.add_row(check.name, f"[{STYLES[check.status]}]{check.status}[/]", escape(check.found), escape(check.mend))
     out.print(table)
     failed = [check.name for check in found if check.status == checks.FAILED]
     if failed:

@@ -157,7 +157,7 @@ def object_server() -> Check:
 
 def packages(extra: str) -> Check:
     """The installed versions of an extra's packages against what the package declares."""
-    name = f"Packages [{extra}]"
+    name = f"Packages ({extra})"
     wrong = []
     count = 0
     for package, allowed in _declared(extra):
