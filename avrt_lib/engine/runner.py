@@ -30,7 +30,7 @@ def chunked(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def run_chunks(
-    engine_factory: Callable[[], Engine],
+    engine: Engine,
     items: Iterable[T],
     *,
     make_request: Callable[[T, int], ChatRequest | None],
@@ -45,10 +45,11 @@ def run_chunks(
     """Make one row of every item and commit them in chunks.
 
     A chunk is one call of the engine with nothing else in it, and is redone whole where it was not committed, so a
-    resumed run makes the same rows as an undisturbed one. The engine is not built where nothing is left to ask.
+    resumed run makes the same rows as an undisturbed one. The engine is not called where nothing is left to ask (a
+    ``LazyEngine`` is not even built then).
 
     Args:
-        engine_factory: builds the engine when the first request is made; it is closed at the end.
+        engine: answers the requests; closing it is the caller's.
         items: what to make rows of; read once, chunk by chunk.
         make_request: the request of an item at an attempt (from 1), or None where there is nothing to ask.
         make_row: the row of an item and its completion, or of None where there was no request.
@@ -62,28 +63,22 @@ def run_chunks(
     Raises:
         EngineError: where the engine fails; chunks committed before stay.
     """
-    engine: Engine | None = None
-    try:
-        for number, chunk in enumerate(chunked(items, chunk_rows)):
-            if mine is not None and not mine(number):
-                continue
-            key = f"{number:05d}"
-            if not writer.has(key):
-                found: dict[int, Completion] = {}
-                for attempt in range(1, attempts + 1):
-                    asked = [i for i, item in enumerate(chunk) if _open(item, found.get(i), attempt, accept)]
-                    made = [(i, make_request(chunk[i], attempt)) for i in asked]
-                    requests = [(i, request) for i, request in made if request is not None]
-                    if not requests:
-                        break
-                    engine = engine or engine_factory()
-                    answers = _ask(engine, [request for _, request in requests], attempt)
-                    found.update(zip((i for i, _ in requests), answers, strict=True))
-                writer.commit(key, [make_row(item, found.get(i)) for i, item in enumerate(chunk)])
-            progress.advance(len(chunk))
-    finally:
-        if engine is not None:
-            engine.close()
+    for number, chunk in enumerate(chunked(items, chunk_rows)):
+        if mine is not None and not mine(number):
+            continue
+        key = f"{number:05d}"
+        if not writer.has(key):
+            found: dict[int, Completion] = {}
+            for attempt in range(1, attempts + 1):
+                asked = [i for i, item in enumerate(chunk) if _open(item, found.get(i), attempt, accept)]
+                made = [(i, make_request(chunk[i], attempt)) for i in asked]
+                requests = [(i, request) for i, request in made if request is not None]
+                if not requests:
+                    break
+                answers = _ask(engine, [request for _, request in requests], attempt)
+                found.update(zip((i for i, _ in requests), answers, strict=True))
+            writer.commit(key, [make_row(item, found.get(i)) for i, item in enumerate(chunk)])
+        progress.advance(len(chunk))
 
 
 def _open(item: T, completion: Completion | None, attempt: int, accept: Callable[[T, Completion], bool] | None) -> bool:

@@ -18,6 +18,8 @@ from avrt_lib.errors import EngineError
 log = logging.getLogger("avrt")
 
 _GIB = 1 << 30
+#: Loggers that warn once or twice with every request, of what is meant to be so.
+_CHATTY = ("vllm.v1.worker.cpu_worker", "vllm.multimodal.media.audio")
 
 
 class VllmEngine:
@@ -59,6 +61,8 @@ class VllmEngine:
             from vllm import LLM
             from vllm.platforms import current_platform
 
+            for chatty in _CHATTY:
+                logging.getLogger(chatty).setLevel(logging.ERROR)
             self.on_cpu = bool(current_platform.is_cpu())
             options: dict[str, Any] = {}
             if limits:

@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from avrt_lib import models
 from avrt_lib.config import Config
+from avrt_lib.engine.lazy import LazyEngine
 from avrt_lib.errors import EngineError, UsageError
+from avrt_lib.evaluation.asking import ask, ask_in_child, build_engine, conditions_of
+from avrt_lib.evaluation.metrics import summarise
+from avrt_lib.evaluation.parity import parity as compare
 from avrt_lib.records import Prediction, Sample
 from avrt_lib.tables import MANIFEST, TableWriter, hash_folder, read_json, read_rows, write_json
 from avrt_lib.workspace import Workspace
@@ -62,40 +66,15 @@ def run(
     folder = models.resolve(str(model or config.student.model))
     name = f"{role}@{_content(folder)[:12]}"
     writer = TableWriter(predictions, Prediction, {"step": "evaluation", "model": name})
-    held = _Held(config, folder, name)
-    try:
-        _ask_all(config, workspace, samples, folder, writer, held, name)
+    with LazyEngine(lambda: build_engine(config, folder, name), name) as engine:
+        _ask_all(config, workspace, samples, folder, writer, engine)
         writer.finish()
-        parity = _parity(config, samples, folder, predictions / PARITY, held)
-    finally:
-        held.release()
-    from avrt_lib.evaluation.metrics import summarise
-
+        parity = _parity(config, samples, folder, predictions / PARITY, engine)
     resamples = config.evaluation.bootstrap_samples
     facts = summarise(read_rows(predictions, Prediction), resamples=resamples, seed=config.seed)
     facts["parity"] = parity
     write_json(predictions / METRICS, facts)
     return facts
-
-
-class _Held:
-    """One engine for the questions and for parity, built when it is first needed."""
-
-    def __init__(self, config: Config, folder: Path, name: str) -> None:
-        self._arguments = (config, folder, name)
-        self._engine: VllmEngine | None = None
-
-    def get(self) -> VllmEngine:
-        if self._engine is None:
-            from avrt_lib.evaluation.asking import build_engine
-
-            self._engine = build_engine(*self._arguments)
-        return self._engine
-
-    def release(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
 
 
 def _content(folder: Path) -> str:
@@ -111,12 +90,9 @@ def _ask_all(
     samples: Path,
     folder: Path,
     writer: TableWriter[Prediction],
-    held: _Held,
-    name: str,
+    engine: LazyEngine[VllmEngine],
 ) -> None:
     """Share 0 is asked here, the other shares in processes beside this one."""
-    from avrt_lib.evaluation.asking import ask, ask_in_child
-
     processes = config.evaluation.processes
     if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -125,7 +101,7 @@ def _ask_all(
     children = [
         context.Process(
             target=ask_in_child,
-            args=(config.to_json(), samples, folder, writer.folder, name, share, failures),
+            args=(config.to_json(), samples, folder, writer.folder, engine.model, share, failures),
             name=f"evaluation-{share}",
             daemon=True,
         )
@@ -135,12 +111,12 @@ def _ask_all(
         for child in children:
             child.start()
         with workspace.progress("answers", _count(config, samples)) as progress:
-            ask(config, samples, writer, progress, held.get, name, 0)
+            ask(config, samples, writer, progress, engine, 0)
             for child in children:
                 child.join()
                 if child.exitcode:
                     reason = failures.get(timeout=1) if not failures.empty() else f"exit code {child.exitcode}"
-                    raise EngineError(f"An evaluation process of {name} failed: {reason}")
+                    raise EngineError(f"An evaluation process of {engine.model} failed: {reason}")
             progress.done = progress.total or progress.done
     finally:
         for child in children:
@@ -150,8 +126,6 @@ def _ask_all(
 
 
 def _count(config: Config, samples: Path) -> int:
-    from avrt_lib.evaluation.asking import conditions_of
-
     columns = ["split", "media_kind"]
     return sum(
         len(conditions_of(config, row.split, picture=row.media_kind != "audio", sound=row.media_kind != "silent_video"))
@@ -159,13 +133,11 @@ def _count(config: Config, samples: Path) -> int:
     )
 
 
-def _parity(config: Config, samples: Path, folder: Path, path: Path, held: _Held) -> dict[str, Any]:
+def _parity(config: Config, samples: Path, folder: Path, path: Path, engine: LazyEngine[VllmEngine]) -> dict[str, Any]:
     if path.exists():
         return dict(read_json(path))
-    from avrt_lib.evaluation.parity import parity
-
     wanted = config.promotion.parity_samples
     chosen = list(islice(read_rows(samples, Sample, split="validation"), wanted))
-    found = parity(folder, chosen, config, engine=held.get() if chosen else None)
+    found = compare(folder, chosen, config, engine=engine.get() if chosen else None)
     write_json(path, found)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.queues import Queue
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from avrt_lib import answers
 from avrt_lib.config import Config, EngineConfig, from_json
 from avrt_lib.engine import factory, student_media
-from avrt_lib.engine.base import ChatRequest, Completion
+from avrt_lib.engine.base import ChatRequest, Completion, Engine
+from avrt_lib.engine.lazy import LazyEngine
 from avrt_lib.engine.messages import student_messages
 from avrt_lib.engine.runner import run_chunks
 from avrt_lib.errors import EngineError
@@ -79,8 +80,7 @@ def ask(
     samples: Path,
     writer: TableWriter[Prediction],
     progress: Progress,
-    engine_factory: Callable[[], VllmEngine],
-    name: str,
+    engine: Engine,
     share: int,
 ) -> None:
     """Write the predictions of one share of the chunks (number ``share`` of ``evaluation.processes``)."""
@@ -92,10 +92,10 @@ def ask(
         return ChatRequest(f"{item.sample.id} {item.condition}", messages, config.evaluation.max_tokens)
 
     run_chunks(
-        engine_factory,
+        engine,
         questions(config, samples),
         make_request=make_request,
-        make_row=lambda item, completion: prediction(item, completion, name),
+        make_row=lambda item, completion: prediction(item, completion, engine.model),
         writer=writer,
         chunk_rows=config.evaluation.chunk_rows,
         progress=progress,
@@ -135,15 +135,8 @@ def ask_in_child(
     _end_with_parent()
     settings = from_json(config)
     try:
-        ask(
-            settings,
-            samples,
-            TableWriter(predictions, Prediction),
-            Progress(None, "answers", None),
-            lambda: build_engine(settings, model, name),
-            name,
-            share,
-        )
+        with LazyEngine(lambda: build_engine(settings, model, name), name) as engine:
+            ask(settings, samples, TableWriter(predictions, Prediction), Progress(None, "answers", None), engine, share)
     except EngineError as error:
         failures.put(str(error))
         raise

@@ -16,6 +16,7 @@ from avrt_lib import answers, prompts
 from avrt_lib.config import Config
 from avrt_lib.engine import factory, messages
 from avrt_lib.engine.base import ChatRequest, Completion
+from avrt_lib.engine.lazy import LazyEngine
 from avrt_lib.engine.runner import derive_seed, run_chunks
 from avrt_lib.errors import DataError
 from avrt_lib.merger.checks import Sources, check, reasoning_of
@@ -102,9 +103,12 @@ def run(
 
     total = sum(1 for _ in read_rows(samples, Sample, columns=["id", "split"], split="train"))
     writer = TableWriter(merged, Merged, {"step": "merger", "model": engine.model, "prompt": version})
-    with workspace.progress("merged traces", total) as progress:
+    with (
+        LazyEngine(lambda: factory.build(engine), engine.model) as lazy,
+        workspace.progress("merged traces", total) as progress,
+    ):
         run_chunks(
-            lambda: factory.build(engine),
+            lazy,
             _pairs(samples, _by_sample(vision_traces), _by_sample(audio_traces)),
             make_request=make_request,
             make_row=make_row,

@@ -12,6 +12,7 @@ from avrt_lib import answers, prompts
 from avrt_lib.config import Config, TeacherConfig
 from avrt_lib.engine import factory
 from avrt_lib.engine.base import ChatRequest, Completion
+from avrt_lib.engine.lazy import LazyEngine
 from avrt_lib.engine.messages import teacher_messages
 from avrt_lib.engine.runner import derive_seed, run_chunks
 from avrt_lib.errors import UsageError
@@ -90,9 +91,12 @@ def run_teacher(
     limits = {"image": config.data.frames, "video": 0} if role == "vision" else {"audio": 1}
     writer = TableWriter(traces, Trace, {"step": f"{role}_teacher", "model": engine.model, "prompt": version})
     total = sum(1 for _ in read_rows(samples, Sample, columns=["id", "split"], split="train"))
-    with workspace.progress("traces", len(range(shard, total, shards))) as progress:
+    with (
+        LazyEngine(lambda: factory.build(engine, limits=limits), engine.model) as lazy,
+        workspace.progress("traces", len(range(shard, total, shards))) as progress,
+    ):
         run_chunks(
-            lambda: factory.build(engine, limits=limits),
+            lazy,
             in_shard(samples, shard, shards),
             make_request=make_request,
             make_row=make_row,

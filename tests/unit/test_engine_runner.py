@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from avrt_lib.engine.base import ChatRequest, Completion
+from avrt_lib.engine.lazy import LazyEngine
 from avrt_lib.engine.runner import chunked, derive_seed, run_chunks
 from avrt_lib.errors import EngineError
 from avrt_lib.records import Dropped
@@ -48,16 +49,17 @@ class Recorder:
 
 def go(engine: Recorder, folder: Path, items: Sequence[str] = "abcde", **options: object) -> list[str]:
     writer = TableWriter(folder, Dropped)
-    run_chunks(
-        engine.build,
-        items,
-        make_request=lambda item, attempt: None if item == "-" else ChatRequest(item, [], 1, seed=attempt),
-        make_row=lambda item, c: Dropped(item, c.text if c else "", str(c.attempts if c else 0), "", ""),
-        writer=writer,
-        chunk_rows=2,
-        progress=Progress(None, "rows", len(items)),
-        **options,  # type: ignore[arg-type]
-    )
+    with LazyEngine(engine.build, engine.model) as lazy:
+        run_chunks(
+            lazy,
+            items,
+            make_request=lambda item, attempt: None if item == "-" else ChatRequest(item, [], 1, seed=attempt),
+            make_row=lambda item, c: Dropped(item, c.text if c else "", str(c.attempts if c else 0), "", ""),
+            writer=writer,
+            chunk_rows=2,
+            progress=Progress(None, "rows", len(items)),
+            **options,  # type: ignore[arg-type]
+        )
     writer.finish()
     return [row.source for row in read_rows(folder, Dropped)]
 
