@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,8 +59,15 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def vllm_arguments(options: argparse.Namespace, *, on_cpu: bool) -> list[str]:
-    """vLLM's arguments for the launcher's options."""
+def vllm_arguments(options: argparse.Namespace, no_media: str, *, on_cpu: bool) -> list[str]:
+    """vLLM's arguments for the launcher's options.
+
+    Args:
+        options: what ``parser`` read.
+        no_media: an empty folder, the only one that ``file://`` media may come from. Without such a folder vLLM takes
+            the request for a fault of its own (500) instead of the client's (400).
+        on_cpu: whether vLLM runs on a CPU.
+    """
     student = StudentConfig.model_validate(
         {"model": str(options.model), "video_longest_side_px": options.video_longest_side_px}
     )
@@ -76,6 +84,7 @@ def vllm_arguments(options: argparse.Namespace, *, on_cpu: bool) -> list[str]:
         "--mm-processor-kwargs": json.dumps(student_media.processor_kwargs(student)),
         "--media-io-kwargs": json.dumps(student_media.media_io_kwargs(options.frames)),
         "--allowed-media-domains": NO_MEDIA_HOST,
+        "--allowed-local-media-path": no_media,
         "--middleware": "avrt_lib.serving.gate.Gate",
     }
     arguments = [part for name, value in values.items() for part in (name, str(value))]
@@ -110,10 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     cli_env_setup()
     vllm_parser = make_arg_parser(FlexibleArgumentParser(prog="avrt-launcher"))
-    parsed = vllm_parser.parse_args([*vllm_arguments(options, on_cpu=bool(current_platform.is_cpu())), *rest])
-    configure_logging_from_args(parsed)
-    validate_parsed_serve_args(parsed)
-    uvloop.run(run_server(parsed))
+    with tempfile.TemporaryDirectory(prefix="avrt-no-media-") as no_media:
+        given = vllm_arguments(options, no_media, on_cpu=bool(current_platform.is_cpu()))
+        parsed = vllm_parser.parse_args([*given, *rest])
+        configure_logging_from_args(parsed)
+        validate_parsed_serve_args(parsed)
+        uvloop.run(run_server(parsed))
 
 
 def _set_environment(options: argparse.Namespace) -> None:

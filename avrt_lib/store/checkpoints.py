@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from avrt_lib.errors import ConfigError, StoreError
-from avrt_lib.store.objects import client, describe_files, read_object, store_errors, upload_files
+from avrt_lib.store.objects import client, default_bucket, describe_files, read_object, store_errors, upload_files
 from avrt_lib.tables import MANIFEST, atomic_path, sha256_file
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ class CheckpointSink:
     step: str
     keep: int | None = 2
 
-    def push(self, folder: Path) -> str:
-        """Upload a checkpoint folder (``checkpoint-50``) under its name and return its address.
+    def __call__(self, folder: Path, name: str) -> str:
+        """Upload a checkpoint folder under a name (``checkpoint-50``) and return its address.
 
         Raises:
             StoreError: where the store refuses.
         """
-        uri = push_checkpoint(folder, f"{self.step}/{folder.name}", bucket=self.bucket, run_id=self.run_id)
+        uri = push_checkpoint(folder, f"{self.step}/{name}", bucket=self.bucket, run_id=self.run_id)
         if self.keep is not None:
             self._remove_older()
         return uri
@@ -63,15 +63,21 @@ class CheckpointSink:
                 _remove(connection, self.bucket, prefix)
 
 
-def checkpoint_sink(step: str, bucket: str = "avrt", keep: int | None = 2) -> CheckpointSink | None:
-    """Where a training step saves its checkpoints; None where the environment names no store or no run."""
+def checkpoint_sink(step: str | None = None, bucket: str | None = None, keep: int | None = 2) -> CheckpointSink | None:
+    """Where a training step saves its checkpoints; None where the environment names no store or no run.
+
+    Args:
+        step: the training step; None takes the one that runs in this process (``AVRT_STEP``).
+        bucket: None takes ``AVRT_S3_BUCKET``.
+        keep: how many of them stay in the store.
+    """
     run_id = os.environ.get(RUN_ID)
     if not run_id or not os.environ.get("AVRT_S3_ENDPOINT"):
         return None
-    return CheckpointSink(bucket, run_id, step, keep)
+    return CheckpointSink(bucket or default_bucket(), run_id, step or os.environ.get("AVRT_STEP", "training"), keep)
 
 
-def push_checkpoint(folder: Path, name: str, *, bucket: str = "avrt", run_id: str | None = None) -> str:
+def push_checkpoint(folder: Path, name: str, *, bucket: str | None = None, run_id: str | None = None) -> str:
     """Upload a training checkpoint to ``s3://BUCKET/checkpoints/RUN/NAME/``, its manifest last.
 
     A checkpoint of this name with the same content is left; one with another content is replaced (a resumed training
@@ -80,12 +86,13 @@ def push_checkpoint(folder: Path, name: str, *, bucket: str = "avrt", run_id: st
     Args:
         folder: the checkpoint.
         name: its name in the run, such as ``grpo/checkpoint-40``.
-        bucket: made if absent.
+        bucket: made if absent; None takes ``AVRT_S3_BUCKET``.
         run_id: the run; None reads ``AVRT_RUN_ID``.
 
     Raises:
         StoreError: where the store refuses.
     """
+    bucket = bucket or default_bucket()
     key = f"checkpoints/{_run(run_id)}/{name}"
     files = describe_files(folder)
     document = json.dumps({"kind": "checkpoint", "files": files}, indent=2).encode()
@@ -100,7 +107,7 @@ def push_checkpoint(folder: Path, name: str, *, bucket: str = "avrt", run_id: st
     return f"s3://{bucket}/{key}"
 
 
-def latest_checkpoint(step: str, target: Path, *, bucket: str = "avrt", run_id: str | None = None) -> Path | None:
+def latest_checkpoint(step: str, target: Path, *, bucket: str | None = None, run_id: str | None = None) -> Path | None:
     """Download the newest whole checkpoint of a step, by the number at the end of its name.
 
     Args:
@@ -114,6 +121,7 @@ def latest_checkpoint(step: str, target: Path, *, bucket: str = "avrt", run_id: 
     Raises:
         StoreError: where the store refuses, or a file is not what the manifest says.
     """
+    bucket = bucket or default_bucket()
     with store_errors(f"Fetching the last checkpoint of {step}"):
         connection = client()
         if not connection.bucket_exists(bucket):

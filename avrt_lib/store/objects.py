@@ -136,6 +136,11 @@ def store_errors(doing: str) -> Iterator[None]:
         raise StoreError(f"{doing} failed: {' '.join(str(error).split())}.") from error
 
 
+def default_bucket() -> str:
+    """The bucket that the environment names (``AVRT_S3_BUCKET``)."""
+    return os.environ.get("AVRT_S3_BUCKET", "avrt")
+
+
 def local_root(work: Path) -> Path:
     """Where ``store.kind=local`` keeps models: ``AVRT_LOCAL_STORE``, or ``store`` in a work folder."""
     return Path(os.environ.get("AVRT_LOCAL_STORE") or work / "store").absolute()

@@ -73,7 +73,7 @@ class LocalObjectServer:
     @property
     def environment(self) -> dict[str, str]:
         """The ``AVRT_S3_*`` variables that let steps reach this server."""
-        return self.settings.environment()
+        return {**self.settings.environment(), "AVRT_S3_BUCKET": self.bucket}
 
     def __enter__(self) -> Self:
         program = _program()

@@ -150,7 +150,7 @@ def test_checkpoints_newest_whole_one_wins(in_environment: LocalObjectServer, tm
         folder = tmp_path / "made" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         (folder / "state.json").write_text(str(step))
-        assert sink.push(folder) == f"s3://avrt/checkpoints/run-1/grpo/checkpoint-{step}"
+        assert sink(folder, folder.name) == f"s3://avrt/checkpoints/run-1/grpo/checkpoint-{step}"
     names = [
         o.object_name or "" for o in store.client().list_objects("avrt", "checkpoints/run-1/grpo/", recursive=True)
     ]

@@ -21,7 +21,7 @@ def model(tmp_path: Path) -> Path:
 
 def arguments(model: Path, *more: str, on_cpu: bool = True) -> list[str]:
     options = launcher.parser().parse_args([f"--model={model}", "--served-model-name=m", *more])
-    return launcher.vllm_arguments(options, on_cpu=on_cpu)
+    return launcher.vllm_arguments(options, "/empty", on_cpu=on_cpu)
 
 
 def value(given: list[str], name: str) -> str:
@@ -40,7 +40,7 @@ def test_nothing_is_fetched_and_the_key_is_not_shown(model: Path, monkeypatch: p
     monkeypatch.setenv("AVRT_API_KEY", "secret-key")
     given = arguments(model)
     assert value(given, "--allowed-media-domains").endswith(".invalid")
-    assert "--allowed-local-media-path" not in given
+    assert value(given, "--allowed-local-media-path") == "/empty"
     assert "--api-key" not in given
     assert "secret-key" not in " ".join(given)
 
