@@ -98,7 +98,7 @@ class TableWriter(Generic[R]):
 
     def __init__(self, folder: Path, kind: type[R], made_by: dict[str, Any] | None = None) -> None:
         self.folder = folder
-        self.kind = kind
+        self.kind: type[R] = kind
         self.made_by = made_by or {}
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -118,6 +118,9 @@ class TableWriter(Generic[R]):
 
     def finish(self) -> dict[str, Any]:
         """Write the manifest, which makes the table complete, and return it."""
+        # What killed writers left: never read, but it would travel with the folder.
+        for leftover in self.folder.glob(".part-*.tmp"):
+            leftover.unlink(missing_ok=True)
         files = {
             path.name: {"sha256": sha256_file(path), "rows": pq.read_metadata(path).num_rows}
             for path in sorted(self.folder.glob("part-*.parquet"))
@@ -134,14 +137,18 @@ class TableWriter(Generic[R]):
         return manifest
 
 
-def write_table(folder: Path, kind: type[R], rows: Iterable[R], made_by: dict[str, Any] | None = None) -> dict[str, Any]:
+def write_table(
+    folder: Path, kind: type[R], rows: Iterable[R], made_by: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Write a whole table of one part and return its manifest."""
     writer = TableWriter(folder, kind, made_by)
     writer.commit("00000", rows)
     return writer.finish()
 
 
-def read_rows(folder: Path, kind: type[R], *, columns: list[str] | None = None, split: str | None = None) -> Iterator[R]:
+def read_rows(
+    folder: Path, kind: type[R], *, columns: list[str] | None = None, split: str | None = None
+) -> Iterator[R]:
     """The records of a table, in the order of its parts.
 
     Args:
@@ -156,20 +163,40 @@ def read_rows(folder: Path, kind: type[R], *, columns: list[str] | None = None, 
     manifest = read_json(folder / MANIFEST)
     if manifest.get("kind") != kind.__name__.lower():
         raise DataError(f"{folder} holds {manifest.get('kind')} rows, not {kind.__name__.lower()} rows.")
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(
+            f"{folder} was written with schema version {manifest.get('schema_version')}, and this is {SCHEMA_VERSION}: "
+            "make the table again."
+        )
     schema = SCHEMAS[kind]
-    wanted = columns or schema.names
+    wanted = list(columns or schema.names)
+    if split is not None and "split" not in wanted:
+        wanted.append("split")
     for name in manifest["files"]:
         file = folder / name
         if not file.exists():
             raise DataError(f"{file} is named in the manifest but missing: make the table again.")
+        for row in _part_rows(file, wanted):
+            if split is not None and row["split"] != split:
+                continue
+            if columns is not None:
+                row = {f.name: row[f.name] if f.name in columns else _empty(f.type) for f in schema}
+            yield kind(**row)
+
+
+def _part_rows(file: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of one part; whatever is wrong with the file becomes a ``DataError`` that names it."""
+    try:
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=256, columns=wanted):
-                for row in batch.to_pylist():
-                    if split is not None and row.get("split") != split:
-                        continue
-                    if columns is not None:
-                        row = {field.name: row.get(field.name, _empty(field.type)) for field in schema}
-                    yield kind(**row)
+            missing = [name for name in columns if name not in parquet.schema_arrow.names]
+            if missing:
+                raise DataError(f"{file} has no column {missing[0]!r}: make the table again.")
+            for batch in parquet.iter_batches(batch_size=256, columns=columns):
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{file} cannot be read ({error}): it was changed or cut short; make the table again."
+        ) from error
 
 
 def _empty(kind: pa.DataType) -> Any:
@@ -184,7 +211,7 @@ def verify(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: the message names the first file that is missing or changed.
     """
-    manifest = read_json(folder / MANIFEST)
+    manifest: dict[str, Any] = read_json(folder / MANIFEST)
     for name, entry in manifest["files"].items():
         file = folder / name
         if not file.exists():
@@ -227,7 +254,9 @@ def place_folder(source: Path, target: Path) -> None:
         os.replace(temporary / "new", target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"No space left on the disk that holds {target.parent}: free some and try again.") from error
+            raise DiskFullError(
+                f"No space left on the disk that holds {target.parent}: free some and try again."
+            ) from error
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
