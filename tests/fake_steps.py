@@ -1,7 +1,7 @@
 """Steps that do next to nothing, for tests of what runs them: the graph, the local runner, the command line.
 
-``install(folder)`` writes a ``sitecustomize`` that puts them in place of the real ones in every process that has that folder
-on its ``PYTHONPATH``. What they report, and which of them fails or hangs, comes from ``AVRT_FAKE``, as JSON:
+``install(folder)`` writes a ``sitecustomize`` that puts them in place of the real ones in every process that has that
+folder on its ``PYTHONPATH``. What they report, and which of them fails or hangs, comes from ``AVRT_FAKE``, as JSON:
 ``{"facts": {instance: facts}, "fail": {instance: [error class, message]}, "hang": [instance]}``.
 """
 

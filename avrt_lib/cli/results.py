@@ -89,7 +89,7 @@ def fidelity_table(config: Config) -> Table:
     """Paper, authors' correction, ours, and this configuration, side by side; what differs from its source is bold."""
     table = Table(title=f"Values of the configuration {config.name!r} and their sources", title_justify="left")
     for heading in HEADINGS:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "key")
     for *cells, here in fidelity_cells(config):
         table.add_row(*cells, here if here in cells[1:] else f"[bold]{here}[/]")
     return table

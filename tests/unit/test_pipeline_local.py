@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 def _fakes() -> ModuleType:
@@ -39,11 +40,20 @@ def _seen(tmp_path: Path, instance: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("whole")
-    done, reports = _run(folder, facts={"promotion": {"promoted": True, "uri": "s3://avrt/m", "sha256": "abc"}})
+def attempts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A run that ends at the gate, and a second attempt in the same folder: the folder, and the reports of both."""
+    folder = tmp_path_factory.mktemp("run")
+    gate = {"data_validation": ["ValidationFailedError", "expectation rows_enough failed in rows 1, 2"]}
+    done, stopped = _run(folder, fail=gate)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    done, finished = _run(folder, facts={"promotion": {"promoted": True, "uri": "s3://avrt/m", "sha256": "abc"}})
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder, reports
+    return folder, stopped, finished
+
+
+@pytest.fixture(scope="module")
+def whole(attempts: tuple[Path, dict[str, Any], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    return attempts[0], attempts[2]
 
 
 def test_every_step_runs_once(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -109,22 +119,20 @@ def test_outputs_are_placed_below_the_root(whole: tuple[Path, dict[str, Any]]) -
             assert any(Path(place).iterdir())
 
 
-@pytest.mark.parametrize(
-    ("failing", "error", "code"),
-    [("merger", "NothingKeptError", "nothing_kept"), ("data_validation", "ValidationFailedError", "validation_failed")],
-)
-def test_a_gate_ends_the_run_but_the_base_is_evaluated(tmp_path: Path, failing: str, error: str, code: str) -> None:
-    done, reports = _run(tmp_path, fail={failing: [error, "none of 3 samples was kept"]})
-    assert done.returncode == 1
-    assert reports[failing]["failure"] == {"step": failing, "code": code, "message": "none of 3 samples was kept"}
-    assert reports["evaluation-base"]["status"] == "succeeded"
-    assert not {"sft", "grpo", "evaluation-sft", "promotion", "deployment"} & set(reports)
+def test_the_gate_ends_the_run_but_the_base_is_evaluated(
+    attempts: tuple[Path, dict[str, Any], dict[str, Any]],
+) -> None:
+    stopped = attempts[1]
+    assert stopped["data_validation"]["failure"] == {
+        "step": "data_validation",
+        "code": "validation_failed",
+        "message": "expectation rows_enough failed in rows 1, 2",
+    }
+    assert stopped["evaluation-base"]["status"] == "succeeded"
+    assert not {"sft", "grpo", "evaluation-sft", "promotion", "deployment"} & set(stopped)
 
 
-def test_a_second_run_takes_what_is_finished(tmp_path: Path) -> None:
-    _run(tmp_path, fail={"grpo": ["TrainingError", "no steps"]})
-    done, reports = _run(tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    reused = {name for name, report in reports.items() if report.get("reused")}
-    assert {"ingest", "vision_teacher-0", "vision_teacher-1", "merger", "sft", "evaluation-base"} <= reused
-    assert "grpo" not in reused
+def test_a_second_attempt_takes_what_is_finished(attempts: tuple[Path, dict[str, Any], dict[str, Any]]) -> None:
+    _, stopped, finished = attempts
+    reused = {name for name, report in finished.items() if report.get("reused")}
+    assert reused == {name for name, report in stopped.items() if report["status"] == "succeeded"} - {"preflight"}

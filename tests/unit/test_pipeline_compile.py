@@ -1,0 +1,110 @@
+"""The compiled pipeline: the same bytes every time, no warnings, and what the backends need in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from avrt_lib import __version__
+from avrt_lib.config import load
+from avrt_lib.errors import ConfigError
+from avrt_lib.steps import STEPS
+from pipelines.compile import compile_pipeline
+from pipelines.options import MAX_CONFIG_BYTES, Options, config_parameter
+
+ROOT = Path(__file__).parents[2]
+MINIATURE = ROOT / "configs" / "miniature.yaml"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    output = tmp_path_factory.mktemp("compiled") / "pipeline.yaml"
+    compile_pipeline(load(MINIATURE), output)
+    return dict(yaml.safe_load(output.read_text(encoding="utf-8")))
+
+
+def test_two_processes_compile_the_same_bytes_without_a_warning(tmp_path: Path) -> None:
+    texts = []
+    for seed in ("1", "2"):
+        output = tmp_path / f"{seed}.yaml"
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-W", "error::UserWarning", "-W", "error::RuntimeWarning"]
+        command += ["-m", "pipelines.compile", str(MINIATURE), str(output)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "warning" not in done.stderr.lower()
+        texts.append(output.read_bytes())
+    assert texts[0] == texts[1]
+
+
+def test_it_is_ir_of_this_sdk(compiled: dict[str, Any]) -> None:
+    assert compiled["schemaVersion"] == "2.1.0"
+    assert compiled["sdkVersion"] == "kfp-2.17.3"
+
+
+def test_every_component_takes_what_the_caches_must_know(compiled: dict[str, Any]) -> None:
+    for name, component in compiled["components"].items():
+        if "executorLabel" not in component:
+            continue
+        parameters = component["inputDefinitions"]["parameters"]
+        assert {"config", "library_version", "data_hash", "image", "work"} <= set(parameters), name
+
+
+def test_every_step_runs_in_the_image_that_its_dependencies_name(compiled: dict[str, Any]) -> None:
+    executors = compiled["deploymentSpec"]["executors"]
+    for name, executor in executors.items():
+        step = name.removeprefix("exec-").rstrip("-23").replace("-", "_")
+        assert executor["container"]["image"] == f"avrt-{STEPS[step].image}:{__version__}"
+    assert {name.removeprefix("exec-").rstrip("-23").replace("-", "_") for name in executors} == set(STEPS)
+
+
+def test_nothing_is_installed_when_a_component_starts(compiled: dict[str, Any]) -> None:
+    for executor in compiled["deploymentSpec"]["executors"].values():
+        assert "pip install" not in " ".join(executor["container"]["command"])
+
+
+def test_training_waits_for_the_gate_and_the_gate_for_the_base(compiled: dict[str, Any]) -> None:
+    tasks = compiled["root"]["dag"]["tasks"]
+    assert "data-validation" in tasks["sft"]["dependentTasks"]
+    assert "evaluation" in tasks["data-validation"]["dependentTasks"]
+    parameters = tasks["evaluation"]["inputs"]["parameters"]
+    assert parameters["role"]["runtimeValue"]["constant"] == "base"
+
+
+def test_checks_and_publishing_are_never_taken_from_a_cache(compiled: dict[str, Any]) -> None:
+    tasks = compiled["root"]["dag"]["tasks"]
+    uncached = {name for name, task in tasks.items() if "cachingOptions" in task and not task["cachingOptions"]}
+    uncached -= {"vision-teacher-shards", "audio-teacher-shards"}
+    assert uncached == {"preflight", "promotion", "deployment"}
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+def test_shards_come_from_the_configuration(tmp_path: Path, shards: int) -> None:
+    config = load(MINIATURE, {"teachers.shards": shards, "teachers.parallelism": 3})
+    compile_pipeline(config, tmp_path / "p.yaml")
+    text = (tmp_path / "p.yaml").read_text(encoding="utf-8")
+    items = ", ".join(map(str, range(shards)))
+    assert text.count(f"raw: '[{items}]'") == 2
+    assert text.count("parallelismLimit: 3") == 2
+    assert Options.of(config).shards == shards
+
+
+def test_the_configuration_travels_as_a_parameter_that_the_local_runner_does_not_change() -> None:
+    from avrt_lib.config import from_json
+
+    config = load(MINIATURE, {"student.model": "/opt/python3/model"})
+    text = config_parameter(config)
+    assert "python3" not in text
+    assert from_json(text) == config
+
+
+def test_a_configuration_that_is_too_large_to_travel_is_refused() -> None:
+    config = load(MINIATURE, {"student.model": "m" * MAX_CONFIG_BYTES})
+    with pytest.raises(ConfigError, match="only 90000 can travel"):
+        config_parameter(config)
