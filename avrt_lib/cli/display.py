@@ -72,12 +72,12 @@ def _state(reports: list[dict[str, Any]], counts: list[dict[str, Any]], members:
     totals = [count.get("total") for count in counted]
     total = sum(totals) if totals and None not in totals else None  # type: ignore[arg-type]
     note = next((f"{count.get('note')}" for count in reversed(counted) if count.get("note")), "")
-    if status == "skipped":
-        note = next((str(report["facts"].get("reason", "")) for report in reports if report.get("facts")), "")
     label = next((str(count.get("label")) for count in counted if count.get("label")), "")
-    return State(
-        status, took, sum(int(count.get("done", 0)) for count in counted), total, " ".join((label, note)).strip()
-    )
+    if status == "skipped":
+        label = next((str(report["facts"].get("reason", "")) for report in reports if report.get("facts")), "")
+        note = ""
+    done = sum(int(count.get("done", 0)) for count in counted)
+    return State(status, took, done, total, f"{label} {note}".strip())
 
 
 def _progress(folder: RunFolder, instance: str) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Watch:
             total=total,
             completed=done,
             took=_clock(state.seconds),
-            note=state.status if state.status in ("failed", "skipped") else state.note,
+            note=state.status if state.status == "failed" else state.note,
         )
 
     def _say(self, row: str, state: State) -> None:

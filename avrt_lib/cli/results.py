@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -19,14 +20,19 @@ def percent(value: float | None) -> str:
 
 
 def models_table(summary: dict[str, Any]) -> Table:
-    """Base, SFT and GRPO on the held-out test questions."""
-    table = Table(title="Held-out test questions (accuracies in %)", title_justify="left")
+    """Base, SFT and GRPO on the held-out test questions; narrow enough for 80 columns."""
     models = summary["models"]
-    kinds = [kind for kind in KINDS if any(kind in (models[role]["by_kind"] or {}) for role in models)]
-    kinds += sorted({k for role in models for k in (models[role]["by_kind"] or {})} - set(kinds))
-    columns = ["model", "n", "accuracy", "95 % interval", "invalid", "words", *kinds, "audio only", "vision only"]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
+    count = max(model["n"] or 0 for model in models.values())
+    table = Table(
+        title=f"Accuracy in % on {count} held-out test questions, with 95 % interval",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    found = {kind for model in models.values() for kind in model["by_kind"] or {}}
+    kinds = [*(kind for kind in KINDS if kind in found), *sorted(found - set(KINDS))]
+    for column in ("model", "acc.", "interval", "invalid", "words", *kinds, "audio only", "vision only"):
+        table.add_column(column, justify="left" if column == "model" else "right", min_width=5)
     for role, label in (("base", "base"), ("sft", "SFT"), ("grpo", "GRPO")):
         table.add_row(*_row(label, models[role], kinds))
     return table
@@ -37,9 +43,8 @@ def _row(label: str, model: dict[str, Any], kinds: list[str]) -> list[str]:
     conditions = model["conditions"]
     return [
         label,
-        "–" if model["n"] is None else str(model["n"]),
         percent(model["accuracy"]),
-        "–" if not interval else f"{percent(interval[0])} – {percent(interval[1])}",
+        f"{percent(interval[0])}–{percent(interval[1])}" if interval else "–",
         percent(model["invalid_rate"]),
         "–" if model["words_mean"] is None else f"{model['words_mean']:.0f}",
         *[percent((model["by_kind"] or {}).get(kind)) for kind in kinds],
