@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# Containers with an index of their key frames; in others a seek is a guess.
+_SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 # Seeking costs an own decoder start, so it pays only where it saves decoding at least this many seconds.
 _SEEK_WORTH_S = 2.0
 
@@ -43,11 +45,20 @@ class Pictures:
     duration_s: float | None
 
 
-def video_stream(container: InputContainer) -> VideoStream | None:
-    """The first picture track that moves (the cover of a song does not)."""
+def video_stream(path: Path, container: InputContainer) -> VideoStream | None:
+    """The first picture track that moves (the cover of a song does not), ready to be decoded.
+
+    Raises:
+        MediaError: where FFmpeg has no decoder for it.
+    """
     for stream in container.streams.video:
-        if not Disposition(stream.disposition) & Disposition.attached_pic:
-            return stream
+        if Disposition(stream.disposition) & Disposition.attached_pic:
+            continue
+        if stream.codec_context is None:
+            raise MediaError(f"{path} has pictures of an unknown codec: convert it to H.264, or fetch it again.")
+        # One thread: with several, how FFmpeg conceals a damaged slice depends on their order.
+        stream.codec_context.thread_count = 1
+        return stream
     return None
 
 
@@ -68,22 +79,24 @@ def sample_video(path: Path, *, count: int, longest_side_px: int, quality: int, 
         MediaError: where the file is damaged, cut short, or beyond a limit.
     """
     with opened(path) as container:
-        stream = video_stream(container)
+        stream = video_stream(path, container)
         if stream is None:
             return None
         _check_size(path, stream.codec_context.width, stream.codec_context.height, limits)
         index = _Index.of(path, container, stream)
-        duration = index.end - index.start
-        if duration > limits.duration_s:
-            raise MediaError(
-                f"{path} is {duration:.0f} s long, more than {limits.duration_s:.0f} s: cut it into clips first."
-            )
-        targets = index.targets(count)
-        # One thread: with several, how FFmpeg conceals a damaged slice depends on their order.
-        stream.codec_context.thread_count = 1
-        frames: list[bytes] = []
-        times: list[float] = []
-        size = (0, 0)
+    duration = index.end - index.start
+    if duration > limits.duration_s:
+        raise MediaError(
+            f"{path} is {duration:.0f} s long, more than {limits.duration_s:.0f} s: cut it into clips first."
+        )
+    targets = index.targets(count)
+    frames: list[bytes] = []
+    times: list[float] = []
+    size = (0, 0)
+    # Opened anew rather than rewound: not every container finds its first frame again.
+    with opened(path) as container:
+        stream = video_stream(path, container)
+        assert stream is not None
         reformatter = VideoReformatter()
         for target, frame in zip(targets, _pick(path, container, stream, index, targets), strict=True):
             image, size = _upright(path, frame, stream, limits, reformatter)
@@ -91,7 +104,7 @@ def sample_video(path: Path, *, count: int, longest_side_px: int, quality: int, 
             times.append(round(target * index.base - index.start, 6))
         rate = stream.average_rate or stream.guessed_rate
         fps = round(float(rate), 6) if rate else None
-        return Pictures(frames, times, size[0], size[1], fps, round(duration, 6))
+    return Pictures(frames, times, size[0], size[1], fps, round(duration, 6))
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,18 +140,18 @@ class _Index:
                 keys.append(packet.pts)
         if not complete:
             # AVI and raw streams give no times before decoding.
-            _rewind(container, stream)
-            times = [frame.pts for frame in container.decode(stream) if frame.pts is not None]
+            with opened(path) as again:
+                decoded = again.decode(again.streams[stream.index])
+                times = [frame.pts for frame in decoded if frame.pts is not None]
             keys = []
             last = max(times, default=0)
         if not times:
             raise MediaError(f"{path} has a picture track without pictures: fetch it again, or remove its rows.")
-        _rewind(container, stream)
         promised = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else None
         have = last * base - min(times) * base
         if promised is not None and complete and have < promised * COMPLETE:
             raise MediaError(f"{path} is cut short: {have:.1f} s of {promised:.1f} s are there; fetch it again.")
-        return cls(sorted(times), sorted(keys), base, last * base, complete)
+        return cls(sorted(times), sorted(keys), base, last * base, complete and container.format.name in _SEEKABLE)
 
     def targets(self, count: int) -> list[int]:
         """Times (in the track's units) of the frames shown at the middles of ``count`` equal parts, each once."""
@@ -155,10 +168,6 @@ class _Index:
         if at >= 0 and (self.keys[at] - position) * self.base > _SEEK_WORTH_S:
             return self.keys[at]
         return None
-
-
-def _rewind(container: InputContainer, stream: VideoStream) -> None:
-    container.seek(stream.start_time or 0, stream=stream, backward=True)
 
 
 def _pick(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
+import wave
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Sampling rate of all decoded sound in Hz: what the audio encoders of the teachers and the student take.
 SAMPLE_RATE = 16_000
+
+_UNKNOWN_BYTES = 2**31 - 2**16
 
 Wave: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -56,29 +60,36 @@ def decode_audio(path: Path, *, seconds: float, limits: Limits) -> Sound | None:
         if stream is None:
             return None
         rate = stream.rate
-        duration = _audio_duration(container, stream)
+        duration = _audio_duration(path, container, stream)
         if duration is not None and duration > limits.duration_s:
             raise MediaError(
                 f"{path} is {duration:.0f} s long, more than {limits.duration_s:.0f} s: cut it into clips first."
             )
-        wave, lead_s = _first_samples(container, stream, seconds, rate)
-    # A length that the decoder only estimates (MP3, bare AAC) is no promise.
-    if duration is not None and container.format.name not in ("mp3", "aac"):
-        expected = min(seconds, duration)
-        if lead_s + len(wave) / rate < expected * COMPLETE:
-            raise MediaError(
-                f"{path} is cut short: {len(wave) / rate:.1f} s of {expected:.1f} s of sound are there; fetch it again."
-            )
-    if not len(wave):
+        # A length that the decoder only estimates (MP3, bare AAC) is no promise.
+        promised = duration if container.format.name not in ("mp3", "aac") else None
+        samples, lead_s = _first_samples(container, stream, seconds, rate)
+    if promised is not None and lead_s + len(samples) / rate < min(seconds, promised) * COMPLETE:
+        raise MediaError(
+            f"{path} is cut short: {len(samples) / rate:.1f} s of {min(seconds, promised):.1f} s of sound are there; "
+            "fetch it again."
+        )
+    if not len(samples):
         raise MediaError(f"{path} has a sound track without sound: fetch it again, or remove its rows.")
-    wave = np.nan_to_num(wave, nan=0.0, posinf=1.0, neginf=-1.0)
-    mono = soxr.resample(wave, rate, SAMPLE_RATE, quality="HQ") if rate != SAMPLE_RATE else wave
+    samples = np.nan_to_num(samples, nan=0.0, posinf=1.0, neginf=-1.0)
+    mono = soxr.resample(samples, rate, SAMPLE_RATE, quality="HQ") if rate != SAMPLE_RATE else samples
     silence = np.zeros(round(lead_s * SAMPLE_RATE), np.float32)
     mono = np.concatenate([silence, mono])[: round(seconds * SAMPLE_RATE)]
     return Sound(flac(mono), None if duration is None else round(duration, 6))
 
 
-def _audio_duration(container: InputContainer, stream: AudioStream) -> float | None:
+def _audio_duration(path: Path, container: InputContainer, stream: AudioStream) -> float | None:
+    """The length that the file promises, or None."""
+    if container.format.name == "wav":
+        # FFmpeg goes by the file's size, and so cannot tell a file that was cut short.
+        with contextlib.suppress(wave.Error, EOFError), wave.open(str(path)) as header:
+            # A writer that could not go back left a length as large as can be.
+            if header.getnframes() * header.getnchannels() * header.getsampwidth() < _UNKNOWN_BYTES:
+                return float(header.getnframes() / header.getframerate())
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
     return container.duration / av.time_base if container.duration else None
@@ -91,20 +102,21 @@ def _first_samples(container: InputContainer, stream: AudioStream, seconds: floa
     converter = av.AudioResampler(format="fltp", rate=rate)
     blocks: list[Wave] = []
     lead_s = 0.0
-    missing = math.inf
+    wanted = 0
+    have = 0
     for frame in container.decode(stream):
         if not blocks:
             lead_s = min(seconds, max(0.0, (frame.time or 0.0) - start))
             # A little more than is asked for, so that the resampler's end falls behind the crop.
-            missing = math.ceil((seconds - lead_s + 0.1) * rate)
+            wanted = math.ceil((seconds - lead_s + 0.1) * rate)
         for converted in converter.resample(frame):
             block = converted.to_ndarray().mean(axis=0, dtype=np.float32)
             blocks.append(block)
-            missing -= len(block)
-        if missing <= 0:
+            have += len(block)
+        if have >= wanted:
             break
-    wave = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
-    return np.ascontiguousarray(wave[: len(wave) + min(0, int(missing)) if missing < 0 else None]), lead_s
+    samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
+    return samples[:wanted], lead_s
 
 
 def flac(mono: Wave) -> bytes:
@@ -116,5 +128,5 @@ def flac(mono: Wave) -> bytes:
 
 def read_flac(data: bytes) -> Wave:
     """The floats of what ``flac`` wrote."""
-    wave, _ = soundfile.read(io.BytesIO(data), dtype="float32")
-    return np.asarray(wave, dtype=np.float32)
+    samples, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+    return np.asarray(samples, dtype=np.float32)
