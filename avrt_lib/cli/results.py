@@ -26,13 +26,16 @@ def models_table(summary: dict[str, Any]) -> Table:
     table = Table(
         title=f"Accuracy in % on {count} held-out test questions, with 95 % interval",
         title_justify="left",
+        caption="audio, vision: the same questions with this modality alone; words: of an answer, on average",
+        caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     found = {kind for model in models.values() for kind in model["by_kind"] or {}}
     kinds = [*(kind for kind in KINDS if kind in found), *sorted(found - set(KINDS))]
-    for column in ("model", "acc.", "interval", "invalid", "words", *kinds, "audio only", "vision only"):
-        table.add_column(column, justify="left" if column == "model" else "right", min_width=5)
+    for column in ("model", "acc.", "interval", "invalid", "words", *kinds, "audio", "vision"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for role, label in (("base", "base"), ("sft", "SFT"), ("grpo", "GRPO")):
         table.add_row(*_row(label, models[role], kinds))
     return table
