@@ -29,7 +29,7 @@ def models_table(summary: dict[str, Any]) -> Table:
         caption="audio, vision: the same questions with this modality alone; words: of an answer, on average",
         caption_justify="left",
         box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
         pad_edge=False,
     )
     found = {kind for model in models.values() for kind in model["by_kind"] or {}}
