@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 # Further arguments: make run ARGS="--set grpo.max_steps=20", make test ARGS="-k answers"
 ARGS ?=
 
-.PHONY: help setup run test lint types check lock bench clean
+.PHONY: help setup run test lint types check lock docs bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ check: lint types test ## what CI runs
 
 lock: setup ## resolve requirements/cpu.lock and requirements/cuda.lock anew (ARGS=--upgrade for newer versions)
 	@$(BIN)/python scripts/lock.py $(ARGS)
+
+docs: setup ## bring the generated part of docs/fidelity.md up to date
+	@$(BIN)/python scripts/docs.py
 
 bench: setup ## measure the parts that bound a run
 	@for script in benchmarks/*.py; do [ -e "$$script" ] || { echo "No benchmark in benchmarks/."; break; }; $(BIN)/python "$$script" $(ARGS) || exit $$?; done

@@ -1,0 +1,64 @@
+"""What all tests share: no network, no telemetry, few threads, and a check that nothing is left running."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before the libraries that read them are imported, and inherited by the processes that tests start.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    VLLM_NO_USAGE_STATS="1",
+    GX_ANALYTICS_ENABLED="false",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    DO_NOT_TRACK="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A test decides for itself where runs and servers are.
+for _name in ("AVRT_API_KEY", "AVRT_RUN", "AVRT_RUNS_DIR", "AVRT_DEBUG", "MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI"):
+    os.environ.pop(_name, None)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """The folder ``shared`` beside the repository, with real clips and benchmark rows; skips where there is none."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder} with real clips")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_process_left_behind() -> Iterator[None]:
+    """Fails a module whose tests leave a child process running."""
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    # What is about to end has a moment to do so; helpers of Python's own multiprocessing live as long as the session.
+    _, alive = psutil.wait_procs(left, timeout=10)
+    commands = [_command(child) for child in alive]
+    kept = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+    stray = [command for command in commands if command and not any(name in command for name in kept)]
+    assert not stray, f"left running: {stray}"
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return "" if process.status() == psutil.STATUS_ZOMBIE else " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
