@@ -61,8 +61,6 @@ class VllmEngine:
             from vllm import LLM
             from vllm.platforms import current_platform
 
-            for chatty in _CHATTY:
-                logging.getLogger(chatty).setLevel(logging.ERROR)
             self.on_cpu = bool(current_platform.is_cpu())
             options: dict[str, Any] = {}
             if limits:
@@ -98,6 +96,8 @@ class VllmEngine:
             ) from error
         except Exception as error:  # vLLM wraps failures of loading in many types
             raise EngineError(f"vLLM could not load {folder}: {_first_line(error)}") from error
+        for chatty in _CHATTY:  # after loading, which configures vLLM's loggers anew
+            logging.getLogger(chatty).setLevel(logging.ERROR)
         log.info("vLLM loaded %s in %.1f s", folder, time.monotonic() - started)
 
     @property
