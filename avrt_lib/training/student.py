@@ -7,7 +7,6 @@ The student is the thinker of Qwen2.5-Omni. Its folder has the full Omni layout,
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,19 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from avrt_lib import compat
+import torch
+from torch import nn
+from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
+from transformers.utils import logging as transformers_logging
 
-compat.apply()
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration  # noqa: E402
-
-from avrt_lib.config import StudentConfig  # noqa: E402
-from avrt_lib.errors import ConfigError, TrainingError  # noqa: E402
-from avrt_lib.tables import read_json  # noqa: E402
+from avrt_lib.config import StudentConfig
+from avrt_lib.errors import ConfigError, TrainingError
+from avrt_lib.tables import read_json
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -107,7 +101,7 @@ class Student:
     @property
     def tokenizer(self) -> Any:
         """The processor's tokenizer."""
-        return self.processor.tokenizer  # type: ignore[attr-defined]
+        return self.processor.tokenizer
 
     @property
     def media_token_ids(self) -> list[int]:
@@ -141,6 +135,9 @@ def load(folder: Path, config: StudentConfig, *, dtype: torch.dtype | None = Non
             f"{folder} is a {document.get('model_type')!r} model: student.model must be a qwen2_5_omni folder in its "
             "full layout (with thinker_config)."
         )
+    transformers_logging.disable_progress_bar()
+    # The talker's default configuration names tokens of a vocabulary that a small thinker does not have.
+    transformers_logging.set_verbosity_error()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     model = Thinker.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True)
     tokenizer = processor.tokenizer
