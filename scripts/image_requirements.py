@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lock import BUILDS, ROOT
-
+ROOT = Path(__file__).resolve().parent.parent
+BUILDS = ("cpu", "cuda")
 IMAGES = ("pipeline", "train", "vllm")
 
 
