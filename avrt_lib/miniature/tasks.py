@@ -191,7 +191,7 @@ class MergerTask(_Task):
     """
 
     def __init__(self, tokenizer: Qwen2Tokenizer, mismatched: float = 0.3) -> None:
-        super().__init__(tokenizer, [], Recipe(goal=0.8, cap=900, decay=150, max_new=64))
+        super().__init__(tokenizer, [], Recipe(goal=0.8, cap=900, decay=150, max_new=80))
         self.mismatched = mismatched
 
     def draw(self, rng: random.Random) -> Example:

@@ -55,12 +55,15 @@ def guess(question: Question, sense: int, rng: random.Random, fact: str | None =
 
 
 def merged_reasoning(question: Question, sight: str | None = None, sound: str | None = None) -> str:
-    """The merger's reasoning: both findings, then the options in their order up to the right one."""
-    lines = [f"I see {sight or question.sight} and hear {sound or question.sound}."]
-    for i, text in enumerate(question.options):
-        lines.append(f"{LETTERS[i]}. {text} {'yes' if i == question.answer else 'no'}")
-        if i == question.answer:
-            break
+    """The merger's reasoning: both findings, then each option against both of them, up to the right one."""
+    sight, sound = sight or question.sight, sound or question.sound
+    lines = [f"I see {sight} and hear {sound}."]
+    for i, pair in enumerate(question.pairs[: question.answer + 1]):
+        right = question.pairs[question.answer]
+        words = [
+            f"{told} {'yes' if told == wanted else 'no'}" for told, wanted in zip(pair, right, strict=True) if told is not None
+        ]
+        lines.append(f"{LETTERS[i]}. {' '.join(words)}")
     return "\n".join(lines)
 
 
