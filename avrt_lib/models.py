@@ -27,11 +27,15 @@ def resolve(reference: str) -> Path:
         folder = WEIGHTS / reference.removeprefix(BUILTIN)
         if not (folder / "config.json").exists():
             known = sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
-            raise ConfigError(f"There is no built-in model {reference!r}; known: {', '.join(BUILTIN + k for k in known)}.")
+            raise ConfigError(
+                f"There is no built-in model {reference!r}; known: {', '.join(BUILTIN + k for k in known)}."
+            )
         return folder
     folder = Path(reference).expanduser()
     if not (folder / "config.json").exists():
-        raise ConfigError(f"{reference} is not a model folder (it has no config.json): name a local folder or builtin:NAME.")
+        raise ConfigError(
+            f"{reference} is not a model folder (it has no config.json): name a local folder or builtin:NAME."
+        )
     return folder
 
 
@@ -42,7 +46,9 @@ def write_manifest(folder: Path, made_by: dict[str, Any]) -> dict[str, Any]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    content = hashlib.sha256(json.dumps({k: v["sha256"] for k, v in files.items()}, sort_keys=True).encode()).hexdigest()
+    content = hashlib.sha256(
+        json.dumps({k: v["sha256"] for k, v in files.items()}, sort_keys=True).encode()
+    ).hexdigest()
     manifest = {"kind": "model", "content_sha256": content, "files": files, "made_by": made_by}
     write_json(folder / MANIFEST, manifest)
     return manifest

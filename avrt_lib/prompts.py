@@ -52,8 +52,8 @@ AUDIO_TEACHERS = {
         "First describe the sound in detail: voices and what they say, music, events, background, and their order. "
         "Then reason about the question and weigh each option against the sound; be brief where the question is "
         "direct. Then answer with the letter of one option.\n\n"
-        "An example of the ending: for the options A. rain, B. a train, C. applause, after a steady rhythm of wheels on "
-        "rails and a horn, it is **Answer: B.**\n\n"
+        "An example of the ending: for the options A. rain, B. a train, C. applause, after a steady rhythm of wheels "
+        "on rails and a horn, it is **Answer: B.**\n\n"
         "Please think and reason about the input audio before you respond.\n\n"
         "Question: {question}\nOptions:\n{options}",
     ),
@@ -66,7 +66,8 @@ MERGERS = {
         "Two analysts looked at the same video clip. One only heard its sound, the other only saw its pictures. Write "
         "one line of reasoning about the question that uses what both found, as somebody would who saw and heard the "
         "clip.\n"
-        "- Use plain sentences. Bring the evidence of sound and sight together and explain how they support each other.\n"
+        "- Use plain sentences. Bring the evidence of sound and sight together and explain how they support "
+        "each other.\n"
         "- Reason towards the answer. Never say or hint that an answer was known beforehand, and do not mention the "
         "analysts.\n"
         "- Be thorough, yet succinct.\n"

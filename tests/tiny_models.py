@@ -48,7 +48,7 @@ def flac(wave: Any) -> bytes:
 
 
 def sample(number: int, *, split: str = "train", frames: int = 4, seconds: float = SECONDS, side: int = 28) -> Sample:
-    """A sample of the miniature's world, rendered without a video file; zero frames or seconds leave that medium out."""
+    """A sample of the miniature's world, without a video file; zero frames or seconds leave that medium out."""
     from avrt_lib.miniature import world
 
     question = world.clip_question(7, number)

@@ -102,16 +102,26 @@ def _template(image: str, audio: str, video: str) -> str:
         "<|im_start|>{{ message['role'] }}\n"
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         "{% for part in message['content'] %}"
-        "{% if part['type'] in ('image', 'image_url') %}" + image + "{% elif part['type'] in ('video', 'video_url') %}" + video + "{% elif part['type'] in ('audio', 'input_audio', 'audio_url') %}" + audio + "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+        "{% if part['type'] in ('image', 'image_url') %}"
+        + image
+        + "{% elif part['type'] in ('video', 'video_url') %}"
+        + video
+        + "{% elif part['type'] in ('audio', 'input_audio', 'audio_url') %}"
+        + audio
+        + "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
         "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
 
 
-_VL_TEMPLATE = _template("<|vision_start|><|image_pad|><|vision_end|>", "", "<|vision_start|><|video_pad|><|vision_end|>")
+_VL_TEMPLATE = _template(
+    "<|vision_start|><|image_pad|><|vision_end|>", "", "<|vision_start|><|video_pad|><|vision_end|>"
+)
 _AUDIO_TEMPLATE = _template("", "<|audio_bos|><|AUDIO|><|audio_eos|>", "")
 _OMNI_TEMPLATE = _template(
-    "<|vision_bos|><|IMAGE|><|vision_eos|>", "<|audio_bos|><|AUDIO|><|audio_eos|>", "<|vision_bos|><|VIDEO|><|vision_eos|>"
+    "<|vision_bos|><|IMAGE|><|vision_eos|>",
+    "<|audio_bos|><|AUDIO|><|audio_eos|>",
+    "<|vision_bos|><|VIDEO|><|vision_eos|>",
 )
 
 
@@ -223,7 +233,9 @@ def build_vision_teacher(size: Size = Size()) -> tuple[PreTrainedModel, Processo
     return model, processor
 
 
-def build_audio_teacher(size: Size = Size(), window_s: int = TEACHER_WINDOW_S) -> tuple[PreTrainedModel, ProcessorMixin]:
+def build_audio_teacher(
+    size: Size = Size(), window_s: int = TEACHER_WINDOW_S
+) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A Qwen2-Audio of random weights and its processor.
 
     Args:

@@ -137,7 +137,12 @@ def train(
         step += 1
         if end is None and (step % recipe.every == 0 or step >= recipe.cap):
             scores = task.judge(validation, generate(model, tokenizer, task, validation))
-            row = {"step": step, "loss": round(loss.item(), 4), "seconds": round(time.monotonic() - started, 1), **scores}
+            row = {
+                "step": step,
+                "loss": round(loss.item(), 4),
+                "seconds": round(time.monotonic() - started, 1),
+                **scores,
+            }
             log.info("%s", json.dumps(row))
             if report is not None:
                 report(row)

@@ -114,7 +114,9 @@ class TeacherTask(_Task):
         for example, text in zip(examples, written, strict=True):
             question: Question = example.about
             fact = texts.teacher_facts(question, self.sense)
-            accepted = [texts.teacher_trace(question, self.sense, i) for i in texts.possible(question, self.sense, fact)]
+            accepted = [
+                texts.teacher_trace(question, self.sense, i) for i in texts.possible(question, self.sense, fact)
+            ]
             whole += text.strip() in accepted
             perceived += f"I {('see', 'hear')[self.sense]} {fact}." in text
             right += answers.extract(text, question.options).index == question.answer
@@ -135,7 +137,9 @@ class VisionTeacherTask(TeacherTask):
     def features(self, clip: Clip) -> dict[str, torch.Tensor]:
         """pixel_values and image_grid_thw of the frames."""
         if clip.sample.id not in self._features:
-            self._features[clip.sample.id] = dict(self.processor.image_processor(images=clip.pictures, return_tensors="pt"))
+            self._features[clip.sample.id] = dict(
+                self.processor.image_processor(images=clip.pictures, return_tensors="pt")
+            )
         return self._features[clip.sample.id]
 
     def head(self, clip: Clip) -> str:
@@ -163,7 +167,11 @@ class AudioTeacherTask(TeacherTask):
         """Log-mel features of the whole window, and which of its frames hold sound."""
         if clip.sample.id not in self._features:
             out = self.processor.feature_extractor(
-                [clip.wave], sampling_rate=SAMPLE_RATE, padding="max_length", return_attention_mask=True, return_tensors="pt"
+                [clip.wave],
+                sampling_rate=SAMPLE_RATE,
+                padding="max_length",
+                return_attention_mask=True,
+                return_tensors="pt",
             )
             self._features[clip.sample.id] = {
                 "input_features": out["input_features"],
@@ -203,7 +211,9 @@ class MergerTask(_Task):
         picks = [question.answer] * 2
         if rng.random() < 0.2:  # traces that disagree with the label, as unfiltered data has them
             picks = [rng.randrange(len(question.pairs)) for _ in range(2)]
-        vision, audio = (texts.teacher_trace(question, s, p, f) for s, p, f in zip((0, 1), picks, (sight, sound), strict=True))
+        vision, audio = (
+            texts.teacher_trace(question, s, p, f) for s, p, f in zip((0, 1), picks, (sight, sound), strict=True)
+        )
         target = texts.merged_trace(question, sight, sound)
         return self.example("", texts.merger_prompt(question, vision, audio), target, {}, target)
 
@@ -230,9 +240,15 @@ class StudentTask(_Task):
     def features(self, clip: Clip) -> dict[str, torch.Tensor]:
         """Video and audio tensors of a clip."""
         if clip.sample.id not in self._features:
-            video = self.processor.video_processor(videos=[np.stack([np.asarray(p) for p in clip.pictures])], return_tensors="pt")
+            video = self.processor.video_processor(
+                videos=[np.stack([np.asarray(p) for p in clip.pictures])], return_tensors="pt"
+            )
             sound = self.processor.feature_extractor(
-                [clip.wave], sampling_rate=SAMPLE_RATE, padding="max_length", return_attention_mask=True, return_tensors="pt"
+                [clip.wave],
+                sampling_rate=SAMPLE_RATE,
+                padding="max_length",
+                return_attention_mask=True,
+                return_tensors="pt",
             )
             self._features[clip.sample.id] = {
                 "pixel_values_videos": video["pixel_values_videos"],
@@ -277,14 +293,20 @@ class StudentTask(_Task):
     def collate(self, examples: Sequence[Example], *, train: bool) -> Batch:
         """Padded tokens, and the media of those examples that have them."""
         batch = pad(self.tokenizer, examples, train=train)
-        for name in ("pixel_values_videos", "video_grid_thw", "video_second_per_grid", "input_features", "feature_attention_mask"):
+        for name in (
+            "pixel_values_videos",
+            "video_grid_thw",
+            "video_second_per_grid",
+            "input_features",
+            "feature_attention_mask",
+        ):
             have = [e.media[name] for e in examples if name in e.media]
             if have:
                 batch[name] = torch.cat(have)
         return batch
 
     def judge(self, examples: Sequence[Example], written: Sequence[str]) -> Scores:
-        """Share of right descriptions and repetitions, and of direct answers in the asked form; the score is the lowest."""
+        """Share of right descriptions and repetitions, and of direct answers in form; the score is the lowest."""
         counts: dict[str, list[bool]] = {"describe": [], "answer": [], "repeat": []}
         right: list[bool] = []
         for example, text in zip(examples, written, strict=True):

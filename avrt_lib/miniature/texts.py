@@ -10,10 +10,24 @@ from avrt_lib.miniature.world import SIGHTS, SOUNDS, Question, draw_question
 from avrt_lib.records import LETTERS
 
 #: Tags that stay whole tokens, and are not special, so that decoding keeps them.
-TAGS = (
-    "◁think▷ ◁/think▷ <THINK> </THINK> <PLANNING> </PLANNING> <REASONING> </REASONING> <SUMMARY> </SUMMARY> "
-    "<RESPONSE> </RESPONSE> <think> </think> <answer> </answer>"
-).split()
+TAGS = [
+    "◁think▷",
+    "◁/think▷",
+    "<THINK>",
+    "</THINK>",
+    "<PLANNING>",
+    "</PLANNING>",
+    "<REASONING>",
+    "</REASONING>",
+    "<SUMMARY>",
+    "</SUMMARY>",
+    "<RESPONSE>",
+    "</RESPONSE>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+]
 
 DESCRIBE = "Describe the clip."
 REPEAT = "Repeat the options."
@@ -27,7 +41,9 @@ def possible(question: Question, sense: int, fact: str) -> list[int]:
 def weighing(question: Question, sense: int, fact: str) -> str:
     """One line for each option: maybe, or no."""
     left = possible(question, sense, fact)
-    return "".join(f"\n{LETTERS[i]}. {text} {'maybe' if i in left else 'no'}" for i, text in enumerate(question.options))
+    return "".join(
+        f"\n{LETTERS[i]}. {text} {'maybe' if i in left else 'no'}" for i, text in enumerate(question.options)
+    )
 
 
 def teacher_facts(question: Question, sense: int) -> str:
@@ -61,7 +77,9 @@ def merged_reasoning(question: Question, sight: str | None = None, sound: str | 
     for i, pair in enumerate(question.pairs[: question.answer + 1]):
         right = question.pairs[question.answer]
         words = [
-            f"{told} {'yes' if told == wanted else 'no'}" for told, wanted in zip(pair, right, strict=True) if told is not None
+            f"{told} {'yes' if told == wanted else 'no'}"
+            for told, wanted in zip(pair, right, strict=True)
+            if told is not None
         ]
         lines.append(f"{LETTERS[i]}. {' '.join(words)}")
     return "\n".join(lines)
@@ -96,7 +114,8 @@ def corpus(texts: int = 800) -> Iterator[str]:
         vision, audio = (teacher_trace(question, sense, guess(question, sense, rng)) for sense in (0, 1))
         yield merger_prompt(question, vision, audio)
         yield merged_trace(question)
-        yield f"system\nYou are a helpful assistant.\nuser\n{DESCRIBE}\nassistant\n{description(question.sight, question.sound)}"
+        described = description(question.sight, question.sound)
+        yield f"system\nYou are a helpful assistant.\nuser\n{DESCRIBE}\nassistant\n{described}"
         yield REPEAT
 
 

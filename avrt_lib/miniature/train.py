@@ -1,7 +1,7 @@
 """Train the four tiny models from nothing and write their folders.
 
-    python -m avrt_lib.miniature.train                        # all four, seed 0, into the package
-    python -m avrt_lib.miniature.train student --out /tmp/s   # one of them, elsewhere
+python -m avrt_lib.miniature.train                        # all four, seed 0, into the package
+python -m avrt_lib.miniature.train student --out /tmp/s   # one of them, elsewhere
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def _sample(name: str, media: Any) -> Sample:
     )  # fmt: skip
 
 
-def train_vision_teacher(out: Path, clips: Sequence[tasks.Clip], held_out: Sequence[tasks.Clip], seed: int, **changes: Any) -> dict[str, Any]:
+def train_vision_teacher(
+    out: Path, clips: Sequence[tasks.Clip], held_out: Sequence[tasks.Clip], seed: int, **changes: Any
+) -> dict[str, Any]:
     """Train and save the vision teacher; returns its scores."""
     model, processor = families.build_vision_teacher()
     task = _changed(tasks.VisionTeacherTask(processor, clips), changes)
@@ -73,7 +75,9 @@ def train_vision_teacher(out: Path, clips: Sequence[tasks.Clip], held_out: Seque
     return result
 
 
-def train_audio_teacher(out: Path, clips: Sequence[tasks.Clip], held_out: Sequence[tasks.Clip], seed: int, **changes: Any) -> dict[str, Any]:
+def train_audio_teacher(
+    out: Path, clips: Sequence[tasks.Clip], held_out: Sequence[tasks.Clip], seed: int, **changes: Any
+) -> dict[str, Any]:
     """Train and save the audio teacher, with its window widened to what can be served; returns its scores."""
     model, processor = families.build_audio_teacher(window_s=SHORT_WINDOW_S)
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
@@ -93,7 +97,9 @@ def train_audio_teacher(out: Path, clips: Sequence[tasks.Clip], held_out: Sequen
     return result
 
 
-def train_merger(out: Path, clips: Sequence[tasks.Clip], held_out: Sequence[tasks.Clip], seed: int, **changes: Any) -> dict[str, Any]:
+def train_merger(
+    out: Path, clips: Sequence[tasks.Clip], held_out: Sequence[tasks.Clip], seed: int, **changes: Any
+) -> dict[str, Any]:
     """Train and save the merger, which needs no clips; returns its scores."""
     model, tokenizer = families.build_merger()
     task = _changed(tasks.MergerTask(tokenizer), changes)
@@ -103,7 +109,9 @@ def train_merger(out: Path, clips: Sequence[tasks.Clip], held_out: Sequence[task
     return result
 
 
-def train_student(out: Path, clips: Sequence[tasks.Clip], held_out: Sequence[tasks.Clip], seed: int, **changes: Any) -> dict[str, Any]:
+def train_student(
+    out: Path, clips: Sequence[tasks.Clip], held_out: Sequence[tasks.Clip], seed: int, **changes: Any
+) -> dict[str, Any]:
     """Train and save the base student in the full Omni layout; returns its scores."""
     from avrt_lib.training.export import export_thinker
 
@@ -171,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch.manual_seed(options.seed)
             random.seed(options.seed)
             result = TRAINERS[name](options.out / name, clips, held_out, options.seed)
-            write_manifest(options.out / name, {"command": "python -m avrt_lib.miniature.train", "seed": options.seed, **result})
+            write_manifest(
+                options.out / name, {"command": "python -m avrt_lib.miniature.train", "seed": options.seed, **result}
+            )
             print(json.dumps({"model": name, **result}))
 
 

@@ -103,7 +103,7 @@ def draw_question(rng: random.Random, kinds: Mapping[str, float] = KINDS) -> Que
 
 
 def draw_frames(rng: random.Random, sight: str, frames: int, size_px: int = FRAME_PX) -> NDArray[np.uint8]:
-    """Pictures of one sight, as (frames, size, size, 3) uint8 RGB: a shaded field, a bar that crosses it, some noise."""
+    """Pictures of one sight, (frames, size, size, 3) uint8 RGB: a shaded field, a bar that crosses it, some noise."""
     base = np.array(SIGHTS[sight], np.float32) + np.array([rng.uniform(-22, 22) for _ in range(3)], np.float32)
     noise = np.random.RandomState(rng.randrange(2**31))
     shade = np.linspace(rng.uniform(0.85, 1.0), rng.uniform(1.0, 1.12), size_px, dtype=np.float32)
@@ -142,7 +142,9 @@ def write_clip(path: Path, seed: int, number: int, sight: str, sound: str) -> No
     wave = draw_sound(rng, sound)
     with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         # One thread: with several, x264 may cut a frame into slices by the number of cores.
-        video = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options={"preset": "veryfast", "crf": "20", "threads": "1"})
+        video = container.add_stream(
+            "libx264", rate=FRAMES_PER_SECOND, options={"preset": "veryfast", "crf": "20", "threads": "1"}
+        )
         video.width = video.height = FRAME_PX
         video.pix_fmt = "yuv420p"
         audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")

@@ -114,7 +114,9 @@ class Encoder:
             pieces.append(processor.audio_bos_token + processor.audio_token + processor.audio_eos_token)
         if not given:
             return {}
-        out = processor(text=["".join(pieces)], **given, **student_media.processor_kwargs(self.config), return_tensors="pt")
+        out = processor(
+            text=["".join(pieces)], **given, **student_media.processor_kwargs(self.config), return_tensors="pt"
+        )
         ids = out["input_ids"][0]
         media: dict[str, Any] = {}
         for key, keys, token in (("video", VIDEO_KEYS, "video_token"), ("audio", AUDIO_KEYS, "audio_token")):

@@ -35,9 +35,7 @@ class AudioVisualGrpoTrainer(GRPOTrainer):
         keywords: of TRL's trainer.
     """
 
-    def __init__(
-        self, *, encode: Callable[[int], Prompt], reference: torch.nn.Module | None, **keywords: Any
-    ) -> None:
+    def __init__(self, *, encode: Callable[[int], Prompt], reference: torch.nn.Module | None, **keywords: Any) -> None:
         self._encode = encode
         self._prompts: Sequence[Prompt] = []
         arguments = keywords["args"]
@@ -84,7 +82,9 @@ class AudioVisualGrpoTrainer(GRPOTrainer):
         """Log-probabilities (and entropies) of the completions, of shape (batch, ``logits_to_keep``)."""
         rows = input_ids.size(0)
         if len(self._prompts) != rows:
-            raise TrainingError(f"{len(self._prompts)} prompts stand beside {rows} completions: media would be mixed up.")
+            raise TrainingError(
+                f"{len(self._prompts)} prompts stand beside {rows} completions: media would be mixed up."
+            )
         size = batch_size or rows
         log_probs, entropies = [], []
         for start in range(0, rows, size):

@@ -54,8 +54,8 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
         model: the folder to write.
 
     Returns:
-        ``steps``, ``loss`` (of the last logged steps), ``validation_accuracy``, ``stopped`` (``band``, ``above_band`` or
-        ``steps``), ``seconds`` (of this process), ``rows``, ``history`` of ``{step, loss, accuracy}``,
+        ``steps``, ``loss`` (of the last logged steps), ``validation_accuracy``, ``stopped`` (``band``, ``above_band``
+        or ``steps``), ``seconds`` (of this process), ``rows``, ``history`` of ``{step, loss, accuracy}``,
         ``weight_change`` and ``frozen_sha256``.
 
     Raises:
@@ -168,7 +168,7 @@ def read_examples(samples: Path, merged: Path, *, target: str) -> list[Example]:
             texts.update(vision_only=trace.vision_reasoning, audio_only=trace.audio_reasoning)
         if target == "answer":
             bare = f"<answer>{LETTERS[sample.answer_index]}</answer>"
-            targets = {condition: bare for condition in texts}
+            targets = dict.fromkeys(texts, bare)
         else:
             targets = {
                 condition: answers.compose(_in_students_form(text), sample.answer_index)

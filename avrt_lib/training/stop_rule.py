@@ -76,7 +76,9 @@ class StopRule(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the rule's state into the checkpoint."""
         if state.is_world_process_zero:
-            values = {name: getattr(self, name) for name in ("history", "interval", "next_step", "retreats", "snapshot")}
+            values = {
+                name: getattr(self, name) for name in ("history", "interval", "next_step", "retreats", "snapshot")
+            }
             torch.save(values, Path(args.output_dir or ".") / f"{PREFIX}{state.global_step}" / STATE)
 
     def on_train_begin(
@@ -134,7 +136,10 @@ class StopRule(TrainerCallback):
         scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
         # The scheduler sets the rate after each step; until then the snapshot's, which knows nothing of the halving,
         # would hold.
-        rates = [base * curve(scheduler.last_epoch) for base, curve in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        rates = [
+            base * curve(scheduler.last_epoch)
+            for base, curve in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        ]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         log.info("above the band: back to accuracy %.3f, half the learning rate", self.snapshot["accuracy"])

@@ -1,4 +1,4 @@
-"""The tiny models: one is rebuilt at a small budget and must learn; the shipped student perceives but does not reason."""
+"""The tiny models: one is rebuilt at a small budget and learns; the shipped student perceives but does not reason."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_the_base_student_perceives_and_answers_in_form_but_does_not_reason(tmp_
 
     folder = WEIGHTS / "student"
     model = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    task = tasks.StudentTask(AutoProcessor.from_pretrained(folder), train.load_clips(tmp_path, seed=11, count=48, prefix="x"))
+    task = tasks.StudentTask(
+        AutoProcessor.from_pretrained(folder), train.load_clips(tmp_path, seed=11, count=48, prefix="x")
+    )
     examples = task.validation(160, "shipped")
     scores = task.judge(examples, learning.generate(model, task.tokenizer, task, examples))
     assert scores["describe"] >= 0.95
