@@ -76,7 +76,9 @@ class VllmEngine:
                     "enforce_eager": True,
                     "enable_chunked_prefill": False,
                     "kv_cache_memory_bytes": int(config.kv_cache_gib * _GIB),
-                    "max_num_batched_tokens": max(config.max_model_len, 8192),
+                    # Encoders run over a whole step's media at once: an audio window of 30 s costs tens of megabytes
+                    # of attention for each request, so a larger step would not fit a small machine.
+                    "max_num_batched_tokens": config.max_model_len,
                 }
             self._llm: Any = LLM(
                 model=str(folder),

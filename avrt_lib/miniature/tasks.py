@@ -261,7 +261,8 @@ class StudentTask(_Task):
 
     def media(self, clip: Clip, condition: str) -> tuple[str, dict[str, torch.Tensor]]:
         """Placeholders and tensors of a clip in a condition (av, audio_only, vision_only)."""
-        features, head, kept = self.features(clip), "", {}
+        features, head = self.features(clip), ""
+        kept: dict[str, torch.Tensor] = {}
         if condition != "audio_only":
             tokens = int(features["video_grid_thw"][0].prod()) // 4
             head += f"<|vision_bos|>{'<|VIDEO|>' * tokens}<|vision_eos|>"
