@@ -65,6 +65,7 @@ def test_strangers_are_refused_and_credentials_are_private(server: LocalObjectSe
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(f"http://{settings.endpoint}/avrt", timeout=10)
     assert refused.value.code == 403
+    refused.value.close()
     assert stat.S_IMODE((server.folder / "s3.json").stat().st_mode) == 0o600
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from avrt_lib import models, store
@@ -42,15 +43,17 @@ CONFIG = configured()
 
 def serve(log: Path, model: Path | None = None, **options: Any) -> ServedModel:
     folder = model or models.resolve("builtin:student")
+    options.setdefault("start_timeout_s", 1800.0)  # several test processes may share two cores
     return ServedModel(folder, "student", student=CONFIG.student, frames=CONFIG.data.frames, log=log, **options)
 
 
-def group_is_gone(pid: int) -> bool:
-    try:
-        os.killpg(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
+def group_is_gone(group: int) -> bool:
+    """Whether no process of the group runs; one that ended but is not yet reaped does not count."""
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                return False
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +182,6 @@ def test_a_users_own_clip_is_seen_and_heard(served: ServedModel, clip: Path, sam
         options=sample.options,
         video=clip,
     )
-    assert reply == pytest.approx(reply)
     assert reply.letter in {"A", "B", "C", "D"}
     assert reply.text == sample.options["ABCD".index(reply.letter)]
     assert reply.latency_s < CONFIG.deployment.request_timeout_s
@@ -244,7 +246,7 @@ def test_requests_in_flight_finish_while_new_ones_are_refused(tmp_path: Path) ->
             body = {
                 "model": "student",
                 "messages": messages.chat("What is it?"),
-                "max_tokens": 1500,
+                "max_tokens": 300,
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
@@ -267,15 +269,15 @@ def test_requests_in_flight_finish_while_new_ones_are_refused(tmp_path: Path) ->
                 statuses.add(request(served, "GET", "/health", None).status_code)
             writer.join(0.05)
         assert 503 in statuses
-        usage = [json.loads(line[6:]) for line in lines if line.startswith("data: {")][-1]["usage"]
-        assert usage["completion_tokens"] == 1500
-        assert lines[-2:] == ["data: [DONE]", ""] or lines[-1] == "data: [DONE]"
+        sent = [line for line in lines if line]
+        assert sent[-1] == "data: [DONE]"
+        assert json.loads(sent[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 300
     assert group_is_gone(pid)
 
 
 def test_the_champion_comes_from_the_store_and_passes_its_check(tmp_path: Path, sample: Sample) -> None:
     """The base answers without reasoning, so its form is the one of a model that was trained on bare answers."""
-    config = configured(**{"sft.target": "answer"})
+    config = configured(**{"sft.target": "answer", "deployment.start_timeout_s": 1800})
     place = store.publish_model(models.resolve("builtin:student"), "avrt-miniature", config.store, tmp_path / "store")
     decision = {"promoted": True, "reason": "better", "uri": place.uri, "sha256": place.sha256, "version": 1}
     write_json(tmp_path / "champion/champion.json", decision)
