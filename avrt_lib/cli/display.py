@@ -180,6 +180,6 @@ def _clock(seconds: float | None) -> str:
 
 
 def log_of(folder: RunFolder, step: str) -> Path:
-    """The log of a step, for the line under a failure."""
-    found = sorted(folder.logs.glob(f"{step}*.log")) if step else []
-    return found[0] if found else folder.logs / "pipeline.log"
+    """The log that a step wrote last, for the line under a failure."""
+    found = sorted(folder.logs.glob(f"{step}*.log"), key=lambda path: path.stat().st_mtime) if step else []
+    return found[-1] if found else folder.logs / "pipeline.log"
