@@ -86,11 +86,13 @@ def content_words(text: str) -> set[str]:
 
 
 def own_words(reasoning: str, options: Sequence[str]) -> str:
-    """The reasoning without the options that it quotes behind their letters ("B. a dog", "(B) a dog").
+    """The reasoning without the options that it quotes or weighs behind their letters ("B. a dog", "(B) a dog").
 
-    What is left is what the text says itself: both traces quote every option, whatever they perceived.
+    What is left is what the text says itself: both traces speak of every option, whatever they perceived. A line that
+    begins with an option's letter is about that option as a whole.
     """
     for letter, option in zip(LETTERS, options, strict=False):
+        reasoning = re.sub(rf"(?m)^\s*\(?{letter}[.):]\s.*$", " ", reasoning)
         reasoning = re.sub(rf"\(?\b{letter}[.):]\s*{re.escape(option)}", " ", reasoning)
     return reasoning
 

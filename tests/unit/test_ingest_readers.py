@@ -356,7 +356,7 @@ def test_columns_are_mapped(writer: Callable[..., Path], tmp_path: Path) -> None
     columns |= {"question_type": "k", "clip": "film"}
     (row,) = read("manifest", writer(tmp_path / "m", raw), columns=columns)
     assert (row.id, row.question, row.options, row.answer_index) == ("1", "Which?", ["x", "y"], 1)
-    assert (row.question_type, row.group, row.named_group) == ("t", "f", True)
+    assert (row.question_type, row.group, row.named_group) == ("t", "f1", True)
     assert (row.audio, row.image, row.video, row.extra) == (tmp_path / "a.wav", tmp_path / "a.jpg", None, {})
 
 
