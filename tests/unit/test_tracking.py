@@ -43,7 +43,7 @@ def test_importing_tracking_and_an_untracked_step_load_no_mlflow() -> None:
 
 def test_parameters_have_dotted_names_and_no_empty_values() -> None:
     params = tracking.flat(CONFIG)
-    assert params["grpo.reward.length_mean_words"] == 20
+    assert params["grpo.reward.length_mean_words"] == 18
     assert params["teachers.vision.engine.model"] == "builtin:vision_teacher"
     assert "data.all" not in params
     assert all(value is not None for value in params.values())
