@@ -125,34 +125,3 @@ def test_grpo_moves_the_weights_by_groups_whose_rewards_differ(
     assert facts["kl"] is not None
     before, after = tensors(student), tensors(tmp_path / "model")
     assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("thinker.audio_tower"))
-
-
-@pytest.mark.slow
-def test_zero2_on_two_processes_has_the_loss_of_one_and_resumes(
-    tmp_path: Path, student: Path, data: dict[str, str]
-) -> None:
-    pytest.importorskip("deepspeed")
-    common: dict[str, Any] = {"epochs": 40, "save_every_steps": 10, "warmup_steps": 5}
-    one = tiny_models.config(student, sft={**common, "max_steps": 20, "per_device_batch": 4})
-    run_step("sft", config=one, inputs=data, outputs={"model": tmp_path / "one"}, work=tmp_path / "work-one")
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-
-    def two(steps: int) -> dict[str, Any]:
-        config = tiny_models.config(
-            student, sft={**common, "max_steps": steps, "per_device_batch": 2, "deepspeed": "zero2"}
-        )
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-        arguments = command(config, data, tmp_path / f"two-{steps}", tmp_path / "work-two")[3:]
-        done = subprocess.run(
-            [*launch, *arguments], env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        line = next(text for text in done.stdout.splitlines() if text.startswith("FACTS "))
-        return dict(json.loads(line.removeprefix("FACTS ")))
-
-    report = json.loads((tmp_path / "work-one" / "reports" / "sft.json").read_text())
-    expected = [row["loss"] for row in report["facts"]["history"] if row["loss"] is not None]
-    found = [row["loss"] for row in two(20)["history"] if row["loss"] is not None]
-    assert len(found) == len(expected) == 20
-    assert found == pytest.approx(expected, abs=1e-3)
