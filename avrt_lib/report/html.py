@@ -235,10 +235,10 @@ def _stop_band(run_dir: Path) -> tuple[float, float] | None:
 def _steps_chart(steps: Json) -> Markup | None:
     rows = []
     for name, entry in steps.items():
-        seconds, status = _mapping(entry).get("seconds"), _mapping(entry).get("status")
-        note = duration(seconds) if isinstance(seconds, int | float) else str(status or "–")
-        if status == "failed":
-            note = f"failed after {note}" if isinstance(seconds, int | float) else "failed"
+        seconds, status = _mapping(entry).get("seconds"), str(_mapping(entry).get("status") or "–")
+        note = duration(seconds) if isinstance(seconds, int | float) else status
+        if status != "succeeded" and isinstance(seconds, int | float):
+            note = f"{status} after {note}"
         css = "failed" if status == "failed" else "time"
         rows.append(charts.Bar(name, css, float(seconds) if isinstance(seconds, int | float) else 0.0, note))
     return charts.bars(rows, "Seconds of each step") if rows else None

@@ -225,8 +225,10 @@ def test_failed_run_says_where_and_why(tmp_path: Path) -> None:
         "message": "letters: B is 71 % of rows",
     }
     summary["steps"]["sft"] = {"seconds": None, "status": "skipped"}
+    summary["steps"]["deployment"] = {"seconds": 4.0, "status": "skipped"}
     write_json(tmp_path / "summary.json", summary)
     text = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "skipped after 4.0 s" in text
     assert "The run failed in data_validation." in text
     assert "B is 71 % of rows" in text
     assert "No model was evaluated." in text
