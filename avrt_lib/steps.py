@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,20 +141,23 @@ def run_step(
     temporary = None
     if not work:
         temporary = tempfile.mkdtemp(prefix="avrt-")
-    root = Path(work or temporary or "")
+    shared = Path(work or temporary or "")
+    # Processes of one distributed step share its scratch; only the first one reports, tracks and places outputs.
+    rank = int(os.environ.get("RANK", "0"))
+    root = shared if rank == 0 else shared / "ranks" / str(rank)
     if os.environ.get("AVRT_STEP_LOGS") == "1":
         log_to_file(root / "logs" / f"{instance}.log")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", force=True)
     started = time.time()
     paths = {k: [Path(p) for p in v] if isinstance(v, list | tuple) else Path(v) for k, v in inputs.items() if v}  # type: ignore[arg-type]
-    workspace = Workspace(root, instance, root / "scratch" / instance)
+    workspace = Workspace(root, instance, shared / "scratch" / instance)
     try:
         if library_version not in ("", __version__):
             raise EnvironmentProblem(
                 f"The pipeline was compiled with avrt {library_version}, but this image holds avrt {__version__}: "
                 "compile the pipeline again, or name images of its version."
             )
-        workspace = Workspace(root, instance, root / "scratch" / instance / _key(step, settings, paths, given))
+        workspace = Workspace(root, instance, shared / "scratch" / instance / _key(step, settings, paths, given))
         workspace.report(status="running", seconds=None, started=started, failure=None, facts={})
         done = workspace.scratch / DONE
         reused = step.repeatable and done.exists()
@@ -164,14 +168,18 @@ def run_step(
             workspace.scratch.mkdir(parents=True, exist_ok=True)
             run = importlib.import_module(step.module).run
             making = {k: workspace.scratch / k for k in step.outputs}
-            with tracking.step_run(instance, settings) as tracked:
+            with tracking.step_run(instance, settings) if rank == 0 else nullcontext() as tracked:
                 facts = run(settings, workspace=workspace, **paths, **making, **given)
                 if tracked is not None:
                     tracked.log_metrics(scalars(facts), step=0)
+            if rank > 0:
+                return facts
             for output, folder in making.items():
                 if not folder.is_dir() or not any(folder.iterdir()):
                     raise OutputMissingError(f"{instance} ended without its output {output!r} ({folder}).")
             write_json(done, {"facts": facts, "seconds": time.time() - started})
+        if rank > 0:
+            return facts
         placed = {output: Path(outputs[output]) for output in step.outputs if outputs.get(output)}
         for output, target in placed.items():
             place_folder(workspace.scratch / output, target)

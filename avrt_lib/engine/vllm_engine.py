@@ -180,6 +180,7 @@ class VllmEngine:
     def _answer(self, requests: Sequence[ChatRequest], extra: Mapping[str, Any]) -> list[Any]:
         """One vLLM output for each request, or the reason (text) why it was refused."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
 
         parameters = []
         for request in requests:
@@ -192,7 +193,7 @@ class VllmEngine:
             parameters.append(SamplingParams(**(settings | dict(extra))))
         try:
             return list(self._llm.chat([r.messages for r in requests], parameters, use_tqdm=False))
-        except ValueError as error:
+        except (ValueError, VLLMClientError) as error:
             # vLLM refuses a batch as a whole: halve it until the bad requests stand alone.
             if len(requests) == 1:
                 return [_first_line(error)]

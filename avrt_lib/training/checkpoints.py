@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from avrt_lib.config import Config
@@ -76,6 +77,8 @@ class Checkpoints(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Mark the checkpoint that was just written as whole; must be the last callback that writes into it."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # each process writes files of its own
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir or ".") / f"{PREFIX}{state.global_step}"

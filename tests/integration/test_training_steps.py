@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,3 +126,41 @@ def test_grpo_moves_the_weights_by_groups_whose_rewards_differ(
     assert facts["kl"] is not None
     before, after = tensors(student), tensors(tmp_path / "model")
     assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("thinker.audio_tower"))
+
+
+@pytest.mark.slow
+def test_zero2_on_two_processes_has_the_loss_of_one_and_resumes(
+    tmp_path: Path, student: Path, data: dict[str, str]
+) -> None:
+    pytest.importorskip("deepspeed")
+    common: dict[str, Any] = {"epochs": 40, "max_steps": 20, "save_every_steps": 10, "warmup_steps": 5}
+    one = tiny_models.config(student, sft={**common, "per_device_batch": 4})
+    alone = run_step("sft", config=one, inputs=data, outputs={"model": tmp_path / "one"}, work=tmp_path / "work-one")
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    config = tiny_models.config(student, sft={**common, "per_device_batch": 2, "deepspeed": "zero2"})
+
+    def two() -> dict[str, Any]:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+        arguments = command(config, data, tmp_path / "two", tmp_path / "work-two")[3:]
+        done = subprocess.run(
+            [*launch, *arguments], env=environment(DS_ACCELERATOR="cpu"), capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        report = json.loads((tmp_path / "work-two" / "reports" / "sft.json").read_text())
+        return dict(report["facts"])
+
+    whole = two()
+    losses = [row["loss"] for row in whole["history"] if row["loss"] is not None]
+    assert len(losses) == 20
+    assert losses == pytest.approx([row["loss"] for row in alone["history"] if row["loss"] is not None], abs=1e-3)
+    trained = tensors(tmp_path / "two")
+
+    (scratch,) = (tmp_path / "work-two" / "scratch" / "sft").iterdir()
+    for name in ("done.json", "model", "checkpoints/checkpoint-20"):  # as a kill after step 10 would leave it
+        path = scratch / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    again = two()
+    assert [row["loss"] for row in again["history"] if row["loss"] is not None] == pytest.approx(losses, abs=1e-4)
+    resumed = tensors(tmp_path / "two")
+    assert all(torch.allclose(trained[name], resumed[name], atol=1e-5) for name in trained)
