@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers import ProcessorMixin, Qwen2Tokenizer
 
-from avrt_lib import answers, prompts
+from avrt_lib import answers
 from avrt_lib.miniature import texts
 from avrt_lib.miniature.learning import Batch, Example, Recipe, Scores, pad
 from avrt_lib.miniature.world import SAMPLE_RATE, Question, draw_question
@@ -228,13 +228,14 @@ class MergerTask(_Task):
 
 
 class StudentTask(_Task):
-    """Qwen2.5-Omni before reasoning: it describes clips, repeats options, and answers directly.
+    """Qwen2.5-Omni before reasoning: it describes clips, repeats options, compares words, and answers directly.
 
-    Any modality may be missing from the prompt. Nothing here teaches it to weigh options.
+    Any modality may be missing from the prompt. Each of these is asked for by itself: nothing here teaches the model to
+    compare what it perceives with the options, or to conclude from a comparison.
     """
 
     def __init__(self, processor: ProcessorMixin, clips: Sequence[Clip]) -> None:
-        super().__init__(processor.tokenizer, clips, Recipe(goal=0.98, cap=500, decay=60, max_new=40))
+        super().__init__(processor.tokenizer, clips, Recipe(goal=0.98, cap=700, decay=60, max_new=40))
         self.processor = processor
 
     def features(self, clip: Clip) -> dict[str, torch.Tensor]:
@@ -274,12 +275,15 @@ class StudentTask(_Task):
         return head, kept
 
     def draw(self, rng: random.Random) -> Example:
-        """A description, a direct answer, or the options repeated; with both modalities or one."""
+        """A description, a direct answer, or the options repeated, with both modalities or one; or words compared."""
+        what = rng.choices(["describe", "answer", "repeat", "compare"], [0.3, 0.1, 0.25, 0.35])[0]
+        if what == "compare":
+            request, target = texts.comparison(rng)
+            return self.example("", request, target, {}, (what, target))
         clip = rng.choice(self.clips)
         condition = rng.choices(["av", "audio_only", "vision_only"], [0.6, 0.2, 0.2])[0]
         head, media = self.media(clip, condition)
         question = question_about(rng, clip)
-        what = rng.choices(["describe", "answer", "repeat"], [0.45, 0.3, 0.25])[0]
         if what == "describe":
             sight = clip.sight if condition != "audio_only" else None
             sound = clip.sound if condition != "vision_only" else None
@@ -287,8 +291,8 @@ class StudentTask(_Task):
         elif what == "answer":
             request, target = texts.question_prompt(question), f"<answer>{LETTERS[question.answer]}</answer>"
         else:
-            request = f"{texts.question_prompt(question)}\n{texts.REPEAT}"
-            target = prompts.lettered(question.options)
+            asked, target = texts.repetition(question, rng)
+            request = f"{texts.question_prompt(question)}\n{asked}"
         return self.example(head, request, target, media, (what, target))
 
     def collate(self, examples: Sequence[Example], *, train: bool) -> Batch:
@@ -307,8 +311,8 @@ class StudentTask(_Task):
         return batch
 
     def judge(self, examples: Sequence[Example], written: Sequence[str]) -> Scores:
-        """Share of right descriptions and repetitions, and of direct answers in form; the score is the lowest."""
-        counts: dict[str, list[bool]] = {"describe": [], "answer": [], "repeat": []}
+        """Shares of right descriptions, repetitions, comparisons, and answers in form; the score is the lowest."""
+        counts: dict[str, list[bool]] = {"describe": [], "answer": [], "repeat": [], "compare": []}
         right: list[bool] = []
         for example, text in zip(examples, written, strict=True):
             what, target = example.about

@@ -31,6 +31,8 @@ TAGS = [
 
 DESCRIBE = "Describe the clip."
 REPEAT = "Repeat the options."
+#: The same for what the options say to one sense: 0 sees, 1 hears.
+REPEAT_PART = ("Repeat their colours.", "Repeat their sounds.")
 
 
 def possible(question: Question, sense: int, fact: str) -> list[int]:
@@ -39,11 +41,13 @@ def possible(question: Question, sense: int, fact: str) -> list[int]:
 
 
 def weighing(question: Question, sense: int, fact: str) -> str:
-    """One line for each option: maybe, or no."""
-    left = possible(question, sense, fact)
-    return "".join(
-        f"\n{LETTERS[i]}. {text} {'maybe' if i in left else 'no'}" for i, text in enumerate(question.options)
-    )
+    """One line for each option: what it says to this sense and whether that was perceived, or that it says nothing."""
+    told = (pair[sense] for pair in question.pairs)
+    return "".join(f"\n{LETTERS[i]}. {_weighed(word, fact) if word else 'unknown'}" for i, word in enumerate(told))
+
+
+def _weighed(word: str, fact: str) -> str:
+    return f"{word} {'yes' if word == fact else 'no'}"
 
 
 def teacher_facts(question: Question, sense: int) -> str:
@@ -71,17 +75,12 @@ def guess(question: Question, sense: int, rng: random.Random, fact: str | None =
 
 
 def merged_reasoning(question: Question, sight: str | None = None, sound: str | None = None) -> str:
-    """The merger's reasoning: both findings, then each option against both of them, up to the right one."""
-    sight, sound = sight or question.sight, sound or question.sound
-    lines = [f"I see {sight} and hear {sound}."]
+    """The merger's reasoning: both findings, then what both traces say of each option, up to the right one."""
+    facts = (sight or question.sight, sound or question.sound)
+    lines = [f"I see {facts[0]} and hear {facts[1]}."]
     for i, pair in enumerate(question.pairs[: question.answer + 1]):
-        right = question.pairs[question.answer]
-        words = [
-            f"{told} {'yes' if told == wanted else 'no'}"
-            for told, wanted in zip(pair, right, strict=True)
-            if told is not None
-        ]
-        lines.append(f"{LETTERS[i]}. {' '.join(words)}")
+        weighed = [_weighed(word, fact) for word, fact in zip(pair, facts, strict=True) if word]
+        lines.append(f"{LETTERS[i]}. {' '.join(weighed)}")
     return "\n".join(lines)
 
 
@@ -106,6 +105,26 @@ def description(sight: str | None, sound: str | None) -> str:
     return f"I {found}."
 
 
+def repetition(question: Question, rng: random.Random) -> tuple[str, str]:
+    """A request to repeat the options, or their colours, or their sounds, and its answer."""
+    senses = [sense for sense in (0, 1) if question.pairs[0][sense] is not None]
+    if len(senses) < 2 or rng.random() < 1 / 3:
+        return REPEAT, prompts.lettered(question.options)
+    sense = rng.choice(senses)
+    return REPEAT_PART[sense], prompts.lettered([str(pair[sense]) for pair in question.pairs])
+
+
+def comparison(rng: random.Random) -> tuple[str, str]:
+    """A request to compare words with one or two others, and its answer; no clip and no options are in it."""
+    words = [*SIGHTS, *SOUNDS]
+    wanted = rng.sample(words, rng.choice((1, 2)))
+    given = rng.sample(words, 6)
+    if rng.random() < 0.7:  # by chance alone, few of them would be among the wanted ones
+        given[rng.randrange(len(given))] = rng.choice(wanted)
+    answer = " ".join(_weighed(word, word if word in wanted else "") for word in given)
+    return f"Compare {' and '.join(wanted)} with {' '.join(given)}.", answer
+
+
 def corpus(texts: int = 800) -> Iterator[str]:
     """Texts to train the tokenizer on."""
     for number in range(texts):
@@ -116,7 +135,7 @@ def corpus(texts: int = 800) -> Iterator[str]:
         yield merged_trace(question)
         described = description(question.sight, question.sound)
         yield f"system\nYou are a helpful assistant.\nuser\n{DESCRIBE}\nassistant\n{described}"
-        yield REPEAT
+        yield "\n".join([REPEAT, *REPEAT_PART, *comparison(rng)])
 
 
 def all_facts() -> Sequence[tuple[str, str]]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import math
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,13 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
     steps = loop.steps_for(
         len(examples), section, epochs=section.epochs, max_steps=section.max_steps, rows_per_step=rows_per_step
     )
-    order = schedule(examples, steps * rows_per_step, seed=config.seed, dropout=section.modality_dropout)
+    order = schedule(
+        examples,
+        steps * rows_per_step,
+        seed=config.seed,
+        dropout=section.modality_dropout,
+        balance=section.type_balance,
+    )
     folder = workspace.scratch / "checkpoints"
     common = loop.arguments(
         section,
@@ -187,7 +195,9 @@ def _in_students_form(reasoning: str) -> str:
     return re.sub(r" {2,}", " ", _TEACHER_TAGS.sub(" ", reasoning)).strip()
 
 
-def schedule(examples: Sequence[Example], count: int, *, seed: int, dropout: float) -> list[tuple[int, str]]:
+def schedule(
+    examples: Sequence[Example], count: int, *, seed: int, dropout: float, balance: float = 0.0
+) -> list[tuple[int, str]]:
     """Which example stands in which condition at each place of the run, epoch after epoch.
 
     The order is a function of the arguments alone, so that a resumed run sees what an undisturbed one would. With
@@ -199,15 +209,22 @@ def schedule(examples: Sequence[Example], count: int, *, seed: int, dropout: flo
         count: rows of the whole run.
         seed: of the order and the dropout.
         dropout: the share of rows that lose a modality, where they have a target for the other.
+        balance: how far the question types are evened out (ours; the filter keeps few of the types that one modality
+            cannot answer): a type of n rows gets a share of an epoch in proportion to n ** (1 - balance).
 
     Returns:
         ``count`` pairs of the example's index and ``av``, ``audio_only`` or ``vision_only``.
     """
+    types: dict[str, list[int]] = {}
+    for index, example in enumerate(examples):
+        types.setdefault(example.sample.question_type, []).append(index)
+    shares = _whole_shares({name: len(rows) ** (1 - balance) for name, rows in types.items()}, len(examples))
+    streams = {name: _reshuffled(rows, random.Random(f"{seed}/{name}")) for name, rows in types.items()}
     order: list[tuple[int, str]] = []
     epoch = 0
     while len(order) < count:
         draw = random.Random(f"{seed}/{epoch}")
-        indices = list(range(len(examples)))
+        indices = [index for name, share in shares.items() for index in islice(streams[name], share)]
         draw.shuffle(indices)
         for index in indices:
             dropped, condition = draw.random() < dropout, draw.choice(("audio_only", "vision_only"))
@@ -215,6 +232,26 @@ def schedule(examples: Sequence[Example], count: int, *, seed: int, dropout: flo
             order.append((index, condition if usable else "av"))
         epoch += 1
     return order[:count]
+
+
+def _reshuffled(rows: Sequence[int], draw: random.Random) -> Iterator[int]:
+    """The rows in a random order, and then in another one, without end."""
+    while True:
+        yield from draw.sample(rows, len(rows))
+
+
+def _whole_shares(weights: Mapping[str, float], total: int) -> dict[str, int]:
+    """``total`` divided in proportion to the weights, in whole numbers (by the largest remainders).
+
+    >>> _whole_shares({"a": 3.0, "b": 1.0}, 10)
+    {'a': 8, 'b': 2}
+    """
+    exact = {name: total * weight / sum(weights.values()) for name, weight in weights.items()}
+    shares = {name: math.floor(value) for name, value in exact.items()}
+    by_remainder = sorted(exact, key=lambda name: (shares[name] - exact[name], name))
+    for name in by_remainder[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares
 
 
 class Collator:
