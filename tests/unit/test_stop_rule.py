@@ -1,0 +1,101 @@
+"""When the cold start stops: in the band, by going back where it was overshot, and by its cap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402
+
+from avrt_lib.config import SftConfig  # noqa: E402
+from avrt_lib.training.stop_rule import MAX_RETREATS, StopRule  # noqa: E402
+
+BAND = SftConfig(stop_low=0.6, stop_high=0.8, validate_every_steps=4)
+
+
+class Run:
+    """A real optimizer and scheduler on one weight that grows by a step of 1, and the rule that watches it."""
+
+    def __init__(self, accuracies: Sequence[float], *, can_retreat: bool = True, folder: Path | None = None) -> None:
+        self.model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.model.weight)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
+        self.seen: list[float] = []
+        answers: Iterator[float] = iter(accuracies)
+        self.rule = StopRule(BAND, lambda: next(answers), lambda step, value: self.seen.append(value),
+                             can_retreat=can_retreat)  # fmt: skip
+        self.arguments = TrainingArguments(output_dir=str(folder or "unused"), report_to=[], use_cpu=True)
+        self.state = TrainerState(max_steps=100)
+        self.control = TrainerControl()
+        self.rule.on_train_begin(self.arguments, self.state, self.control, **self.objects)
+
+    @property
+    def objects(self) -> dict[str, Any]:
+        return {"model": self.model, "optimizer": self.optimizer, "lr_scheduler": self.scheduler}
+
+    def step(self) -> bool:
+        """One optimizer step; True where training is told to stop."""
+        self.optimizer.zero_grad()
+        (-self.model.weight.sum()).backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.state.global_step += 1
+        self.rule.on_step_end(self.arguments, self.state, self.control, **self.objects)
+        return bool(self.control.should_training_stop)
+
+    def until_stop(self, limit: int = 100) -> int:
+        while self.state.global_step < limit and not self.step():
+            pass
+        return int(self.state.global_step)
+
+
+def test_it_stops_at_the_first_validation_inside_the_band() -> None:
+    run = Run([0.2, 0.5, 0.7])
+    assert run.until_stop() == 12
+    assert run.rule.outcome == "band"
+    assert run.seen == [0.2, 0.5, 0.7]
+    assert run.rule.accuracy == 0.7
+
+
+def test_a_jump_over_the_band_goes_back_and_takes_smaller_steps() -> None:
+    run = Run([0.5, 0.9, 0.7])
+    for _ in range(8):
+        run.step()
+    assert run.model.weight.item() == pytest.approx(4.0)  # the weight of the validation before the jump
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.5)
+    assert run.until_stop() == 10  # validated twice as often from then on
+    assert run.model.weight.item() == pytest.approx(5.0)
+    assert run.rule.outcome == "band"
+
+
+def test_it_goes_back_a_bounded_number_of_times() -> None:
+    run = Run([0.9] * (MAX_RETREATS + 1))
+    run.until_stop()
+    assert run.rule.outcome == "above_band"
+    assert len(run.seen) == MAX_RETREATS + 1
+
+
+def test_without_going_back_a_jump_ends_training() -> None:
+    run = Run([0.5, 0.9], can_retreat=False)
+    assert run.until_stop() == 8
+    assert run.rule.outcome == "above_band"
+    assert run.model.weight.item() == pytest.approx(8.0)
+
+
+def test_its_state_survives_a_checkpoint(tmp_path: Path) -> None:
+    run = Run([0.5, 0.9], folder=tmp_path)
+    for _ in range(8):
+        run.step()
+    (tmp_path / "checkpoint-8").mkdir()
+    run.rule.on_save(run.arguments, run.state, run.control)
+    fresh = Run([0.7])
+    fresh.rule.restore(tmp_path / "checkpoint-8")
+    assert (fresh.rule.interval, fresh.rule.next_step, fresh.rule.retreats) == (2, 10, 1)
+    assert fresh.rule.history == run.rule.history
+    assert fresh.rule.accuracy == 0.5
