@@ -51,7 +51,9 @@ def main() -> None:
         tiny_models.write_data(Path(folder), train=128)
         for batch in (8, 32, 64):
             command = [sys.executable, __file__, "--steps", str(options.steps), "--measure", str(batch), folder]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+            done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -74,11 +73,11 @@ def main() -> None:
         for role in ("vision", "audio"):
             for precision in PRECISIONS:
                 command = [sys.executable, __file__, "--rows", str(options.rows)]
-                subprocess.run(
-                    [*command, "--measure", role, precision, str(samples)],
-                    check=True,
-                    stderr=subprocess.DEVNULL if "AVRT_BENCH_VERBOSE" not in os.environ else None,
+                done = subprocess.run(
+                    [*command, "--measure", role, precision, str(samples)], stderr=subprocess.PIPE, text=True
                 )
+                if done.returncode:
+                    sys.exit(done.stderr)
 
 
 if __name__ == "__main__":
