@@ -75,7 +75,8 @@ def export(student: Student, target: Path, *, dtype: torch.dtype, made_by: dict[
             raise TrainingError(f"The trained model has no tensor {name} of shape {tuple(base.shape)} as its base has.")
         value = trained[name].detach().cpu()
         kind = dtype if value.is_floating_point() else value.dtype
-        written = value.to(kind).contiguous()
+        # Under ZeRO all parameters are views of one buffer, which would be taken for weights that are tied.
+        written = value.to(kind).clone(memory_format=torch.contiguous_format)
         if not bool(torch.isfinite(written).all()):
             raise TrainingError(f"{name} holds values that are not finite: lower the learning rate.")
         if name.split(".")[0] in student.freeze:
