@@ -142,7 +142,7 @@ def run_step(
     if not work:
         temporary = tempfile.mkdtemp(prefix="avrt-")
     shared = Path(work or temporary or "")
-    # Processes of one distributed step share its scratch; only the first one reports, tracks and places outputs.
+    # Processes of one distributed step share its scratch; the first one's report, tracking and outputs count.
     rank = int(os.environ.get("RANK", "0"))
     root = shared if rank == 0 else shared / "ranks" / str(rank)
     if os.environ.get("AVRT_STEP_LOGS") == "1":
@@ -172,18 +172,15 @@ def run_step(
                 facts = run(settings, workspace=workspace, **paths, **making, **given)
                 if tracked is not None:
                     tracked.log_metrics(scalars(facts), step=0)
-            if rank > 0:
-                return facts
-            for output, folder in making.items():
-                if not folder.is_dir() or not any(folder.iterdir()):
-                    raise OutputMissingError(f"{instance} ended without its output {output!r} ({folder}).")
-            write_json(done, {"facts": facts, "seconds": time.time() - started})
-        if rank > 0:
-            return facts
-        placed = {output: Path(outputs[output]) for output in step.outputs if outputs.get(output)}
+            if rank == 0:
+                for output, folder in making.items():
+                    if not folder.is_dir() or not any(folder.iterdir()):
+                        raise OutputMissingError(f"{instance} ended without its output {output!r} ({folder}).")
+                write_json(done, {"facts": facts, "seconds": time.time() - started})
+        placed = {output: Path(outputs[output]) for output in step.outputs if rank == 0 and outputs.get(output)}
         for output, target in placed.items():
             place_folder(workspace.scratch / output, target)
-        seconds = read_json(done)["seconds"]
+        seconds = read_json(done)["seconds"] if rank == 0 else time.time() - started
         status = facts.get("status", "succeeded") if isinstance(facts, dict) else "succeeded"
         workspace.report(
             status=status,
