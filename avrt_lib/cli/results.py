@@ -12,6 +12,9 @@ from rich.table import Table
 from avrt_lib.config import Config
 
 KINDS = ("either", "both", "sound", "sight")
+ROLES = (("base", "base"), ("sft", "SFT"), ("grpo", "GRPO"))
+#: What names of question kinds may take up together as columns of the table of models.
+_KINDS_WIDTH = 32
 
 
 def percent(value: float | None) -> str:
@@ -32,12 +35,33 @@ def models_table(summary: dict[str, Any]) -> Table:
         padding=0,
         pad_edge=False,
     )
-    found = {kind for model in models.values() for kind in model["by_kind"] or {}}
-    kinds = [*(kind for kind in KINDS if kind in found), *sorted(found - set(KINDS))]
+    kinds = kinds_of(models)
+    kinds = kinds if _fit(kinds) else []
     for column in ("model", "acc.", "interval", "invalid", "words", *kinds, "audio", "vision"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    for role, label in (("base", "base"), ("sft", "SFT"), ("grpo", "GRPO")):
+    for role, label in ROLES:
         table.add_row(*_row(label, models[role], kinds))
+    return table
+
+
+def kinds_of(models: dict[str, Any]) -> list[str]:
+    """The kinds of question that any model was asked, the miniature's first."""
+    found = {kind for model in models.values() for kind in model["by_kind"] or {}}
+    return [*(kind for kind in KINDS if kind in found), *sorted(found - set(KINDS))]
+
+
+def _fit(kinds: list[str]) -> bool:
+    return sum(len(kind) + 1 for kind in kinds) <= _KINDS_WIDTH
+
+
+def kinds_table(models: dict[str, Any]) -> Table:
+    """A row for each kind of question, for data whose kinds have names too long for columns."""
+    table = Table(title="Accuracy in % by kind of question", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("kind", overflow="fold")
+    for _, label in ROLES:
+        table.add_column(label, justify="right", no_wrap=True)
+    for kind in kinds_of(models):
+        table.add_row(kind, *(percent((models[role]["by_kind"] or {}).get(kind)) for role, _ in ROLES))
     return table
 
 
@@ -60,6 +84,8 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
     """Print what came out of a run."""
     if any(model["n"] is not None for model in summary["models"].values()):
         console.print(models_table(summary))
+        if not _fit(kinds_of(summary["models"])):
+            console.print(kinds_table(summary["models"]))
     champion, promotion = summary["champion"], summary["promotion"]
     if champion:
         console.print(f"Champion: {champion['model']} version {champion['version']}, {champion['uri']}", soft_wrap=True)

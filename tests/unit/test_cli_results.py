@@ -1,0 +1,44 @@
+"""The table that a run ends with, as it looks in 80 columns."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from avrt_lib.cli.results import show_summary
+
+
+def shown(*kinds: str) -> str:
+    model: dict[str, Any] = {
+        "accuracy": 0.5, "ci95": [0.25, 0.75], "invalid_rate": 0.125, "words_mean": 17.0, "n": 8,
+        "by_kind": dict.fromkeys(kinds, 0.625),
+        "conditions": {"audio_only": {"accuracy": 0.375}, "vision_only": {"accuracy": 0.25}},
+    }  # fmt: skip
+    summary = {
+        "models": dict.fromkeys(("base", "sft", "grpo"), model),
+        "champion": None,
+        "promotion": {"promoted": False, "reason": "no"},
+    }
+    out = io.StringIO()
+    show_summary(summary, Console(file=out, width=80))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("either", "both", "sound", "sight"),
+        ("AV Event Alignment", "Comparative", "Context understanding", "Event Sequence", "Inference", "Reasoning"),
+    ],
+)
+def test_no_figure_and_no_kind_is_cut_off_in_80_columns(kinds: tuple[str, ...]) -> None:
+    text = shown(*kinds)
+    assert "…" not in text
+    assert max(len(line) for line in text.splitlines()) <= 80
+    for kind in kinds:
+        assert kind in text
+    assert text.count("62.5") == 3 * len(kinds)
+    assert text.count("25.0–75.0") == 3
