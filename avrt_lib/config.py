@@ -361,13 +361,17 @@ def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
     node[last] = value
 
 
+def validation_message(error: ValidationError) -> str:
+    """What pydantic found wrong, as one line that names each key."""
+    problems = [
+        f"{'.'.join(map(str, e['loc'])) or '(whole file)'}: {e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors(include_url=False)
+    ]
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+
+
 def _validated(document: Any, where: str) -> Config:
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc'])) or '(whole file)'}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors(include_url=False)
-        ]
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise ConfigError(f"{where}: {shown}.") from error
+        raise ConfigError(f"{where}: {validation_message(error)}.") from error

@@ -1,0 +1,229 @@
+"""Cluster profiles: what a pipeline must know of the cluster that it is compiled for, and nothing about the run itself.
+
+One strict YAML file a cluster (``configs/clusters/``). A profile is applied when the pipeline is compiled; the run's
+configuration stays the same from cluster to cluster, but for ``overrides``, which says what the cluster decides about it
+(where models are served, for example).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from avrt_lib.config import Section, validation_message
+from avrt_lib.errors import ConfigError
+
+#: The roles that pools stand for, and the steps of each.
+ROLES: dict[str, tuple[str, ...]] = {
+    "cpu": ("preflight", "ingest", "data_validation", "promotion", "deployment", "run_summary"),
+    "teacher": ("vision_teacher", "audio_teacher"),
+    "merger": ("merger",),
+    "training": ("sft", "grpo"),
+    "evaluation": ("evaluation",),
+}
+Role = Literal["cpu", "teacher", "merger", "training", "evaluation"]
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+Quantity = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
+
+_SIZES = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def amount(quantity: str) -> float:
+    """A Kubernetes quantity as a number.
+
+    >>> amount("500m"), amount("2Gi")
+    (0.5, 2147483648.0)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([a-zA-Z]*)", quantity)
+    assert found is not None
+    return float(found[1]) * _SIZES.get(found[2], 1.0)
+
+
+class Toleration(Section):
+    """A taint that the pods of a pool stand."""
+
+    key: str | None = None
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: str | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    seconds: int | None = Field(None, ge=0, description="for NoExecute: how long")
+
+    @model_validator(mode="after")
+    def _exists_has_no_value(self) -> Self:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError("a toleration with operator Exists takes no value")
+        if self.operator == "Equal" and self.key is None:
+            raise ValueError("a toleration without a key needs operator: Exists")
+        return self
+
+
+class AffinityTerm(Section):
+    """One expression of required node affinity."""
+
+    key: str
+    operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = "In"
+    values: list[str] = Field(default_factory=list)
+
+
+class Pool(Section):
+    """The nodes that a role's pods go to, and what each pod asks for."""
+
+    node_selector: dict[str, str] = Field(default_factory=dict)
+    tolerations: list[Toleration] = Field(default_factory=list)
+    affinity: list[AffinityTerm] = Field(default_factory=list, description="required node affinity, all of them")
+    gpus: int = Field(0, ge=0, description="GPUs (or MIG slices) of one pod")
+    gpu_resource: str = Field(
+        "nvidia.com/gpu", pattern=r"^[a-z0-9.-]+/[a-zA-Z0-9.-]+$", description="nvidia.com/mig-3g.40gb for MIG slices"
+    )
+    gpu_memory_gib: float | None = Field(None, gt=0, description="memory of one GPU or slice, for `avrt plan`")
+    cpu_request: Quantity = "1"
+    cpu_limit: Quantity | None = None
+    memory_request: Quantity = "4Gi"
+    memory_limit: Quantity | None = None
+    shared_memory: Quantity | None = Field(None, description="size of /dev/shm, which NCCL and data loaders fill")
+    scratch: Quantity | None = Field(None, description="size of an emptyDir at /tmp; None: the container's own disk")
+    timeout_s: int | None = Field(None, ge=60, description="a pod that runs longer is ended; waiting does not count")
+    retries: int = Field(0, ge=0, le=10)
+    retry_wait_s: int = Field(60, ge=1)
+
+    @model_validator(mode="after")
+    def _requests_below_limits(self) -> Self:
+        for name in ("cpu", "memory"):
+            request, limit = getattr(self, f"{name}_request"), getattr(self, f"{name}_limit")
+            if limit is not None and amount(request) > amount(limit):
+                raise ValueError(f"{name}_request {request} is above {name}_limit {limit}")
+        return self
+
+
+class Volume(Section):
+    """A claim that is there already, mounted in every pod of the run: data sets, prepared models."""
+
+    claim: Name
+    mount_path: str = Field(pattern=r"^/[^\s]+$")
+    sub_path: str = ""
+
+
+class StoreAccess(Section):
+    """The object store as the steps reach it. The secret holds the keys ``access_key`` and ``secret_key``."""
+
+    endpoint: str = Field(pattern=r"^[^/\s]+$", description="host:port without a scheme")
+    secure: bool = True
+    region: str = "us-east-1"
+    secret: Name = "avrt-store"
+    ca_config_map: Name | None = Field(None, description="config map with ca.crt, where the store has its own CA")
+
+
+class TrackingAccess(Section):
+    """MLflow as the steps reach it."""
+
+    uri: str = Field(pattern=r"^https?://")
+    secret: Name | None = Field(None, description="secret with username and password; None: no authentication")
+
+
+class PipelinesAccess(Section):
+    """The Kubeflow Pipelines backend as ``avrt submit`` reaches it, and how it runs us."""
+
+    host: str | None = Field(None, pattern=r"^https?://", description="None: --host, KFP_ENDPOINT or in-cluster")
+    namespace: Name = Field("kubeflow", description="where the runs' pods are; the user's profile in multi-user mode")
+    service_account: Name = "pipeline-runner"
+    experiment: str = "avrt"
+    pipeline_root: str | None = Field(None, pattern=r"^(s3|gs|minio)://", description="None: the backend's own")
+    pending_limit_s: int = Field(1800, ge=60, description="a step that waits longer for its pod ends the run")
+    ttl_s: int | None = Field(None, ge=60, description="finished workflows are removed after this")
+    deadline_s: int | None = Field(None, ge=600, description="the whole run is ended after this")
+    retries_are_fixed: bool = Field(
+        False, description="the administrator has set Argo's retryPolicy (manifests/components/kfp-admin)"
+    )
+
+
+class Kueue(Section):
+    """Pods wait in this queue; Kueue lets them in."""
+
+    queue: Name
+    priority_class: Name | None = Field(None, description="a WorkloadPriorityClass")
+
+
+class Profile(Section):
+    """One cluster."""
+
+    name: Name
+    description: str = ""
+    build: Literal["cpu", "cuda"] = Field("cuda", description="which variant of the images runs here")
+    pipelines: PipelinesAccess = Field(default_factory=PipelinesAccess)
+    store: StoreAccess
+    tracking: TrackingAccess | None = None
+    api_key_secret: Name | None = Field("avrt-api-key", description="secret with api_key, which the served model asks")
+    secret_env: dict[str, dict[str, str]] = Field(
+        default_factory=dict, description="more secrets for all pods: name -> {key: environment variable}"
+    )
+    environment: dict[str, str] = Field(default_factory=dict, description="for all pods: proxies, mirrors, NCCL")
+    image_pull_secrets: list[Name] = Field(default_factory=list)
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    registry: str | None = Field(None, description="images are taken from here: registry.example.com/team")
+    run_as_non_root: bool = True
+    run_as_user: int | None = Field(None, ge=1, description="None: the image's user, or the one OpenShift gives")
+    run_as_group: int | None = Field(None, ge=0)
+    kueue: Kueue | None = None
+    labels: dict[str, str] = Field(default_factory=dict, description="of every pod")
+    annotations: dict[str, str] = Field(default_factory=dict, description="of every pod")
+    volumes: list[Volume] = Field(default_factory=list)
+    pools: dict[Role, Pool]
+    shards: int | None = Field(None, ge=1, le=512, description="of each teacher; None: the configuration's")
+    parallelism: int | None = Field(None, ge=1, description="shards of one teacher at once; None: the configuration's")
+    gpu_hour_price: float | None = Field(None, ge=0, description="of one GPU, for `avrt plan`; in any currency")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="dotted keys of the run's configuration that this cluster decides"
+    )
+
+    @model_validator(mode="after")
+    def _every_role_has_a_pool(self) -> Self:
+        missing = [role for role in ROLES if role not in self.pools]
+        if missing:
+            raise ValueError(f"pools needs {', '.join(missing)} too: every role has a pool")
+        if self.pools["cpu"].gpus:
+            raise ValueError("pools.cpu asks for GPUs, but none of its steps uses one: set gpus to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _no_secret_values(self) -> Self:
+        for name in self.environment:
+            if re.search(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY|API_KEY)", name):
+                raise ValueError(f"environment.{name} looks like a credential: name its secret in secret_env instead")
+        return self
+
+    def pool(self, step: str) -> Pool:
+        """The pool of a step."""
+        return self.pools[role_of(step)]
+
+
+def role_of(step: str) -> Role:
+    """The role of a step."""
+    for role, steps in ROLES.items():
+        if step in steps:
+            return role  # type: ignore[return-value]
+    raise KeyError(step)
+
+
+def load_profile(path: Path) -> Profile:
+    """Read a cluster profile.
+
+    Raises:
+        ConfigError: the message names the file, the key and the mend.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"There is no cluster profile {path}: name one with --cluster.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold a mapping, not {type(document).__name__}.")
+    try:
+        return Profile.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {validation_message(error)}.") from error
