@@ -71,7 +71,7 @@ STEPS: dict[str, Step] = {
         "avrt_lib.merger", ("samples", "vision_traces", "audio_traces"), ("merged",), ("merger", "seed"), "vllm"
     ),
     "data_validation": Step(
-        "avrt_lib.validation", ("samples", "merged"), ("report",), ("validation", "merger"), "pipeline"
+        "avrt_lib.validation", ("samples", "merged"), ("report",), ("validation", "merger", "data"), "pipeline"
     ),
     "sft": Step(
         "avrt_lib.training.sft", ("samples", "merged"), ("model",), ("student", "sft", "seed", "data"), "train"

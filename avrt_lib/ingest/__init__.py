@@ -45,7 +45,9 @@ def run(config: Config, *, workspace: Workspace, samples: Path, data_hash: str =
 
     Raises:
         ConfigError: unknown format.
-        DataError: missing or damaged sources, too few clips, a clip in two splits, or a split without a sample.
+        DataError: missing or damaged sources, a clip in two splits, a split without a sample, or too few clips to
+            split where every sample is to be trained on. Where the filter decides, so few clips stand in all splits,
+            and the gate before training refuses them.
     """
     data = config.data
     sources: dict[str, Any] = {split: getattr(data, split) for split in (*SPLITS, "all")}
@@ -75,7 +77,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, data_hash: str =
     dropped.finish()
     writer.finish()
     facts = _facts(samples, made)
-    _check(samples, facts, config)
+    _check(samples, facts, made)
     log.info("%(samples)d samples about %(clips)d clips, %(dropped)d rows dropped", facts)
     return facts
 
@@ -111,7 +113,7 @@ def _facts(samples: Path, made: Plan) -> dict[str, Any]:
     }
 
 
-def _check(samples: Path, facts: dict[str, Any], config: Config) -> None:
+def _check(samples: Path, facts: dict[str, Any], made: Plan) -> None:
     """What must hold of a sample table before anything is made from it."""
     if facts["samples"] + facts["dropped"] != facts["rows"]:
         raise DataError(
@@ -125,7 +127,7 @@ def _check(samples: Path, facts: dict[str, Any], config: Config) -> None:
             raise DataError(f"No sample is left in the {split} split{why}")
     if facts["dropped"]:
         log.warning("%d of %d rows were dropped: %s", facts["dropped"], facts["rows"], facts["dropped_reasons"])
-    if not config.data.overlap_splits:
+    if not made.overlapping:
         _no_clip_twice(samples)
 
 

@@ -28,10 +28,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is decoded for each split, in the order of its source, and what was rejected before decoding."""
+    """What is decoded for each split, in the order of its source, and what was rejected before decoding.
+
+    ``overlapping`` says that clips may stand in several splits.
+    """
 
     jobs: dict[str, list[Job]]
     dropped: dict[str, list[Dropped]]
+    overlapping: bool = False
 
     @property
     def rows(self) -> int:
@@ -53,7 +57,7 @@ def plan(config: Config, read: Callable[[str], list[Parsed]]) -> Plan:
     if data.all is not None:
         rows = {"all": read("all")}
         _require_questions(rows)
-        made = _overlapping(rows["all"], data) if data.overlap_splits else _by_clip(rows["all"], config)
+        made = _by_clip(rows["all"], config)
     else:
         rows = {split: read(split) for split in SPLITS}
         _require_questions(rows)
@@ -90,7 +94,7 @@ def _given_apart(rows: Mapping[str, list[Parsed]], data: DataConfig) -> Plan:
     made = _plan(rows, formats)
     if data.overlap_splits:
         log.warning("overlap_splits: clips may stand in several splits, so accuracies on the test split mean nothing")
-        return made
+        return replace(made, overlapping=True)
     owner: dict[str, Job] = {}
     repeated: set[str] = set()
     for job in _all_jobs(made):
@@ -120,26 +124,37 @@ def _files(row: SourceRow) -> tuple[object, ...]:
     return (row.video, row.audio, row.image)
 
 
-def _overlapping(rows: list[Parsed], data: DataConfig) -> Plan:
-    assert data.all is not None
-    log.warning(
-        "overlap_splits: every one of the %d questions stands in train, validation and test, so accuracies mean "
-        "nothing; this checks the path only",
-        len(rows),
-    )
-    return _plan(dict.fromkeys(SPLITS, rows), dict.fromkeys(SPLITS, data.all.format))
+def _overlapping(rows: list[Parsed], form: str) -> Plan:
+    return replace(_plan(dict.fromkeys(SPLITS, rows), dict.fromkeys(SPLITS, form)), overlapping=True)
 
 
 def _by_clip(rows: list[Parsed], config: Config) -> Plan:
     data = config.data
     assert data.all is not None
+    if data.overlap_splits:
+        log.warning(
+            "overlap_splits: every one of the %d questions stands in train, validation and test, so accuracies mean "
+            "nothing; this checks the path only",
+            len(rows),
+        )
+        return _overlapping(rows, data.all.format)
     clips = sorted({row.group for row in rows if isinstance(row, SourceRow)})
     if len(clips) < data.minimum_clips:
-        raise DataError(
-            f"Splitting by clip needs at least {data.minimum_clips} clips (data.minimum_clips), and "
-            f"{data.all.path or data.all.format} has {len(clips)}: add clips, or pass "
-            "--overlap-splits to let every clip stand in all splits (a check of the path only)."
+        if config.merger.keep == "all":
+            raise DataError(
+                f"Splitting by clip needs at least {data.minimum_clips} clips (data.minimum_clips), and "
+                f"{data.all.path or data.all.format} has {len(clips)}: add clips, or pass "
+                "--overlap-splits to let every clip stand in all splits (a check of the path only)."
+            )
+        # The teachers can still be asked about these clips, and the base be evaluated on them; the gate before training
+        # lets nothing learn from them.
+        log.warning(
+            "%d clips are too few to split (data.minimum_clips %d): every clip stands in all splits, to see what the "
+            "teachers and the base make of them; no model will be trained on them",
+            len(clips),
+            data.minimum_clips,
         )
+        return _overlapping(rows, data.all.format)
     split_of = assign(clips, config.seed, data.validation_share, data.test_share)
     parts: dict[str, list[Parsed]] = {split: [] for split in (*SPLITS, "all")}
     for row in rows:
@@ -172,7 +187,7 @@ def _with_unique_ids(made: Plan) -> Plan:
         for split, jobs in made.jobs.items()
     }
     dropped = {s: [replace(row, id=f"{row.id}-{s}") for row in rows] for s, rows in made.dropped.items()}
-    return Plan(jobs, dropped)
+    return replace(made, jobs=jobs, dropped=dropped)
 
 
 def _all_jobs(made: Plan) -> list[Job]:

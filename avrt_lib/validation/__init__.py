@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from avrt_lib import answers
 from avrt_lib.config import Config
-from avrt_lib.errors import NothingKeptError, ValidationFailedError
+from avrt_lib.errors import DataError, NothingKeptError, ValidationFailedError
 from avrt_lib.records import CELLS, LETTERS, SCHEMAS, Merged, Sample
 from avrt_lib.tables import read_rows, verify, write_json
 from avrt_lib.workspace import Workspace
@@ -43,7 +43,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, re
         ``mend`` of each), ``rows`` (validated), ``ledger`` and ``flags``.
 
     Raises:
-        DataError: where a table was changed after it was written.
+        DataError: where a table was changed after it was written, or a clip of the training split stands in another.
         NothingKeptError: where no row has a merged reasoning; the message gives the ledger.
         ValidationFailedError: where an expectation fails; ``facts`` on it is what would have been returned.
     """
@@ -60,6 +60,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, re
         write_json(report / REPORT, facts | {"code": error.code, "message": str(error)})
         error.facts = facts  # type: ignore[attr-defined]  # run_step reports them
         raise error
+    _no_clip_in_two_splits(config, samples)
     with workspace.progress("expectations", None) as bar:
         expectations, failed = _validate(config, _frame(samples, rows), report)
         bar.advance(expectations)
@@ -72,6 +73,24 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, re
         raise refusal
     log.info("%d rows passed %d expectations", len(rows), expectations)
     return facts
+
+
+def _no_clip_in_two_splits(config: Config, samples: Path) -> None:
+    """Refuse to train on clips that are also measured on.
+
+    Ingest lets too few clips to split pass, so that one can see what the teachers make of them.
+    """
+    if config.data.overlap_splits:
+        return
+    splits_of: dict[str, set[str]] = {}
+    for row in read_rows(samples, Sample, columns=["split", "media_sha256"]):
+        splits_of.setdefault(row.media_sha256, set()).add(row.split)
+    if shared := sum("train" in splits and len(splits) > 1 for splits in splits_of.values()):
+        raise DataError(
+            f"{shared} of {len(splits_of)} clips stand in the training split and in another, so nothing may be trained "
+            f"on them; splitting by clip needs at least {config.data.minimum_clips} clips (data.minimum_clips): add "
+            "clips, or pass --overlap-splits, for a check of the path only."
+        )
 
 
 def _mergeable(merged: Path) -> tuple[dict[str, int], list[Merged]]:

@@ -198,6 +198,14 @@ def test_nothing_kept_has_its_own_error(gate: Callable[..., dict[str, Any]], tmp
     assert caught.value.facts["ledger"]["none"] == 20  # type: ignore[attr-defined]
 
 
+def test_nothing_is_trained_on_clips_that_are_measured_on(gate: Callable[..., dict[str, Any]]) -> None:
+    samples = [make_sample(i) for i in range(ROWS)]
+    samples += [replace(row, id=f"{row.id}-test", split="test") for row in samples[:3]]
+    with pytest.raises(DataError, match=r"3 of 40 clips stand in the training split and in another.*at least 10 clips"):
+        gate(good_rows(), samples)
+    assert gate(good_rows(), samples, **{"data.overlap_splits": True})["passed"] is True
+
+
 def test_a_table_that_was_changed_afterwards_is_refused(gate: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     gate(good_rows())
     with open(tmp_path / "merged" / "part-00000.parquet", "ab") as part:
