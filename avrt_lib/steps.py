@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import logging
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 import traceback
@@ -25,12 +27,15 @@ from typing import Any
 from avrt_lib import __version__, tracking
 from avrt_lib.config import Config, from_json
 from avrt_lib.errors import AvrtError, DiskFullError, EnvironmentProblem, OutputMissingError
+from avrt_lib.store import run_reports
 from avrt_lib.tables import MANIFEST, hash_folder, place_folder, read_json, write_json
 from avrt_lib.workspace import Workspace, log_to_file
 
 log = logging.getLogger("avrt")
 
 DONE = "done.json"
+#: A failed step's log has one such line, which `avrt submit` reads: the backend's API tells nothing of errors.
+FAILURE_LINE = "avrt-failure: "
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,15 @@ STEPS: dict[str, Step] = {
         ("check",),
         ("deployment", "student", "evaluation"),
         "pipeline",
+        repeatable=False,
+    ),
+    "run_summary": Step(
+        "avrt_lib.report.run_summary",
+        (),
+        ("summary",),
+        (),
+        "pipeline",
+        ("status", "components"),
         repeatable=False,
     ),
 }
@@ -182,15 +196,11 @@ def run_step(
             place_folder(workspace.scratch / output, target)
         seconds = read_json(done)["seconds"] if rank == 0 else time.time() - started
         status = facts.get("status", "succeeded") if isinstance(facts, dict) else "succeeded"
-        workspace.report(
-            status=status,
-            seconds=seconds,
-            started=started,
-            failure=None,
-            facts=facts,
-            reused=reused,
-            outputs={output: str(target) for output, target in placed.items()},
-        )
+        ended: dict[str, Any] = {"status": status, "seconds": seconds, "started": started, "failure": None, "facts": facts}
+        places = {output: str(target) for output, target in placed.items()}
+        workspace.report(**ended, reused=reused, outputs=places)
+        if rank == 0:
+            run_reports.put(settings, instance, ended)
         return facts
     except BaseException as error:
         error = _typed(error, root)
@@ -203,14 +213,21 @@ def run_step(
         )
         message = str(error) or type(error).__name__
         failure = {"step": name, "code": code, "message": message}
-        facts = getattr(error, "facts", {})
+        ended = {
+            "status": "failed",
+            "seconds": time.time() - started,
+            "started": started,
+            "failure": failure,
+            "facts": getattr(error, "facts", {}),
+        }
         try:
-            workspace.report(
-                status="failed", seconds=time.time() - started, started=started, failure=failure, facts=facts
-            )
+            workspace.report(**ended)
         except (OSError, AvrtError):
             log.exception("the report of %s could not be written", instance)
         log.error("%s failed: %s\n%s", instance, message, "".join(traceback.format_exception(error)))
+        if rank == 0:
+            run_reports.put(settings, instance, ended)
+            print(FAILURE_LINE + json.dumps(failure, ensure_ascii=False), file=sys.stderr, flush=True)
         raise error
     finally:
         if temporary:

@@ -122,14 +122,7 @@ def start_parent(config: Config, folder: Path, *, uri: str, data_hash: str = "")
     try:
         client = _client(uri)
         experiment = _experiment(client, config.tracking.experiment, uri)
-        tags = {
-            "mlflow.runName": folder.name,
-            "avrt.run": folder.name,
-            "avrt.data_hash": data_hash,
-            "avrt.config_hash": config.sha256,
-            "avrt.code_version": __version__,
-        }
-        run = StepRun(client, _run(client, experiment, {"avrt.run": folder.name}, tags))
+        run = StepRun(client, _parent(client, experiment, folder.name, config, data_hash))
     except _tracking_failures() as error:
         log.warning("MLflow at %s cannot be reached, so nothing is tracked: %s", uri, _line(error))
         yield environment
@@ -182,6 +175,9 @@ def _begin(uri: str, instance: str, config: str | Config) -> tuple[StepRun | Non
             client.get_run(given)
             return StepRun(client, given), True
         experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or _experiment(client, settings.tracking.experiment, uri)
+        if not parent and (name := os.environ.get(RUN_ID)):
+            # Steps in pods of their own share only the run's name; preflight, which runs alone, makes the parent.
+            parent = _parent(client, experiment, name, settings, os.environ.get(DATA_HASH, ""))
         identity = {"avrt.step": instance}
         if parent:
             identity["mlflow.parentRunId"] = parent
@@ -261,6 +257,31 @@ def flat(config: Config) -> dict[str, Any]:
 
     walk("", config.model_dump(mode="json"))
     return result
+
+
+def end_parent(config: Config, *, succeeded: bool) -> None:
+    """End the parent run of a cluster run; its steps only opened it."""
+    uri, name = os.environ.get(URI), os.environ.get(RUN_ID)
+    if not uri or not name:
+        return
+    try:
+        client = _client(uri)
+        experiment = _experiment(client, config.tracking.experiment, uri)
+        parent = _parent(client, experiment, name, config, os.environ.get(DATA_HASH, ""))
+        client.set_terminated(parent, "FINISHED" if succeeded else "FAILED")
+    except _tracking_failures() as error:
+        log.warning("MLflow at %s cannot be reached, so the run stays open there: %s", uri, _line(error))
+
+
+def _parent(client: Any, experiment: str, name: str, config: Config, data_hash: str) -> str:
+    tags = {
+        "mlflow.runName": name,
+        "avrt.run": name,
+        "avrt.data_hash": data_hash,
+        "avrt.config_hash": config.sha256,
+        "avrt.code_version": __version__,
+    }
+    return _run(client, experiment, {"avrt.run": name}, tags)
 
 
 def _params(values: Mapping[str, Any]) -> list[Any]:

@@ -1,24 +1,75 @@
 """Compile the pipeline: ``python -m pipelines.compile CONFIG OUTPUT``."""
 
 import argparse
+import hashlib
+import importlib
 from pathlib import Path
+from typing import Any
 
 from kfp import compiler
+from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
+from avrt_lib.cluster.profile import Profile, load_profile
 from avrt_lib.config import Config, load
+from avrt_lib.errors import DataError
+from avrt_lib.ingest.fingerprint import fingerprint
 from avrt_lib.tables import atomic_path
 from components.images import DEFAULT, Images
-from pipelines.avrt import build
 from pipelines.options import Options, config_parameter
 
+#: The graphs: modules of this package with a ``build``.
+PIPELINES = ("avrt", "data", "train", "evaluate")
 
-def compile_pipeline(config: Config, output: Path, images: Images | None = None) -> None:
-    """Write the pipeline of a configuration as KFP IR YAML; the same configuration gives the same bytes."""
-    pipeline = build(Options.of(config, images), config_parameter(config))
+
+def compile_pipeline(
+    config: Config,
+    output: Path,
+    images: Images | None = None,
+    cluster: Profile | None = None,
+    *,
+    data_hash: str = "",
+    pipeline: str = "avrt",
+    kubernetes: bool = False,
+) -> None:
+    """Write a pipeline of a configuration as KFP IR YAML; the same arguments give the same bytes.
+
+    Args:
+        config: the configuration; it becomes the default of the pipeline's parameter.
+        output: the YAML file.
+        images: the images' references.
+        cluster: the profile of the cluster that will run it; its settings become the platform spec, the second document
+            of the file.
+        data_hash: identity of the source data, where it is known.
+        pipeline: which of the pipelines, see ``PIPELINES``.
+        kubernetes: write ``Pipeline`` and ``PipelineVersion`` objects instead, for a backend that keeps its pipelines
+            in Kubernetes.
+    """
+    build = importlib.import_module(f"pipelines.{pipeline}").build
+    function = build(Options.of(config, images, cluster, data_hash), config_parameter(config))
+    manifest: dict[str, Any] = {}
+    if kubernetes:
+        version = hashlib.sha256(f"{config.sha256} {images} {cluster} {data_hash}".encode()).hexdigest()[:12]
+        manifest = {
+            "kubernetes_manifest_format": True,
+            "kubernetes_manifest_options": KubernetesManifestOptions(
+                pipeline_name=f"{pipeline}-{config.name}",
+                pipeline_version_name=f"{pipeline}-{config.name}-{version}",
+                namespace=cluster.pipelines.namespace if cluster else "kubeflow",
+                include_pipeline_manifest=True,
+            ),
+        }
     with atomic_path(output.with_suffix(".yaml")) as temporary:
         written = temporary.with_name(temporary.name + ".yaml")  # the compiler insists on this ending
-        compiler.Compiler().compile(pipeline, str(written))
+        compiler.Compiler().compile(function, str(written), **manifest)
         written.replace(temporary)
+
+
+def data_identity(config: Config) -> str:
+    """The fingerprint of the sources; empty where they are not on this machine."""
+    try:
+        return fingerprint(config.data)
+    except DataError:
+        return ""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,9 +80,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pipeline-image", default=DEFAULT.pipeline)
     parser.add_argument("--train-image", default=DEFAULT.train)
     parser.add_argument("--vllm-image", default=DEFAULT.vllm)
+    parser.add_argument("--pipeline", choices=PIPELINES, default="avrt")
+    parser.add_argument("--cluster", type=Path, help="a cluster profile")
+    parser.add_argument("--kubernetes", action="store_true", help="write Pipeline and PipelineVersion objects")
     given = parser.parse_args(arguments)
     images = Images(given.pipeline_image, given.train_image, given.vllm_image)
-    compile_pipeline(load(given.config), given.output, images)
+    config = load(given.config)
+    cluster = load_profile(given.cluster) if given.cluster else None
+    compile_pipeline(
+        config,
+        given.output,
+        images,
+        cluster,
+        data_hash=data_identity(config) if cluster else "",
+        pipeline=given.pipeline,
+        kubernetes=given.kubernetes,
+    )
 
 
 if __name__ == "__main__":

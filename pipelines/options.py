@@ -1,7 +1,11 @@
-"""What is decided when a pipeline is compiled: the shape of its graph and its images."""
+"""What is decided when a pipeline is compiled: the shape of its graph, its images, and the cluster."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
+from kfp import dsl
+
+from avrt_lib.cluster.profile import Profile
 from avrt_lib.config import Config
 from avrt_lib.errors import ConfigError
 from components.images import Images
@@ -19,16 +23,33 @@ class Options:
         shards: into how many parts the teachers' work is cut; each is a task of its own, so few and large.
         parallelism: how many shards of one teacher run side by side.
         images: the container images.
+        cluster: the cluster's profile; None: the local runner, or a backend that needs nothing said.
+        data_hash: identity of the source data; empty where it is not known when the pipeline is compiled, and then a
+            cluster reads the sources anew in every run.
     """
 
     shards: int = 2
     parallelism: int = 2
     images: Images = field(default_factory=Images)
+    cluster: Profile | None = None
+    data_hash: str = ""
 
     @classmethod
-    def of(cls, config: Config, images: Images | None = None) -> "Options":
+    def of(
+        cls, config: Config, images: Images | None = None, cluster: Profile | None = None, data_hash: str = ""
+    ) -> "Options":
         """The options that a configuration asks for."""
-        return cls(config.teachers.shards, config.teachers.parallelism, images or Images())
+        return cls(config.teachers.shards, config.teachers.parallelism, images or Images(), cluster, data_hash)
+
+    def pipeline_config(self) -> Any:
+        """The settings of the run as a whole: when finished workflows are removed, and how long one may take."""
+        if self.cluster is None:
+            return None
+        access = self.cluster.pipelines
+        return dsl.PipelineConfig(
+            ttl_seconds_after_finished=access.ttl_s,
+            active_deadline_seconds=access.deadline_s,
+        )
 
 
 def config_parameter(config: Config) -> str:

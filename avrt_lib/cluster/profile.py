@@ -173,8 +173,6 @@ class Profile(Section):
     annotations: dict[str, str] = Field(default_factory=dict, description="of every pod")
     volumes: list[Volume] = Field(default_factory=list)
     pools: dict[Role, Pool]
-    shards: int | None = Field(None, ge=1, le=512, description="of each teacher; None: the configuration's")
-    parallelism: int | None = Field(None, ge=1, description="shards of one teacher at once; None: the configuration's")
     gpu_hour_price: float | None = Field(None, ge=0, description="of one GPU, for `avrt plan`; in any currency")
     overrides: dict[str, Any] = Field(
         default_factory=dict, description="dotted keys of the run's configuration that this cluster decides"

@@ -44,11 +44,12 @@ TEMPLATES = Path(__file__).parent / "templates"
 Json = Mapping[str, Any]
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, reports: Mapping[str, Json] | None = None) -> Path:
     """Write ``report.html`` of a run from its summary, its steps' reports and its tables.
 
     Args:
         run_dir: the run's folder. Only ``summary.json`` must be there; parts that have nothing to show say so.
+        reports: the steps' reports by instance; None reads those in the folder.
 
     Returns:
         The path of the report.
@@ -57,7 +58,9 @@ def write_report(run_dir: Path) -> Path:
         DataError: where ``summary.json`` is missing or is not JSON.
     """
     target = run_dir / "report.html"
-    text = render(read_json(run_dir / "summary.json"), read_reports(run_dir / "work"), run_dir)
+    text = render(
+        read_json(run_dir / "summary.json"), read_reports(run_dir / "work") if reports is None else reports, run_dir
+    )
     with atomic_path(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return target

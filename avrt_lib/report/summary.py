@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from avrt_lib import __version__
-from avrt_lib.config import Config
 from avrt_lib.runs import ROLES, RunFolder, instances
 from avrt_lib.tables import write_json
 from avrt_lib.workspace import read_reports
@@ -36,24 +35,34 @@ PACKAGES = (
 Report = dict[str, Any]
 
 
-def build(run_dir: Path, failure: Mapping[str, str] | None = None) -> dict[str, Any]:
+def build(
+    run_dir: Path,
+    failure: Mapping[str, str] | None = None,
+    *,
+    reports: Mapping[str, Report] | None = None,
+    components: Collection[str] | None = None,
+) -> dict[str, Any]:
     """The summary of a run.
 
     Args:
         run_dir: the run's folder.
         failure: ``{step, code, message}`` of something that went wrong outside of a step, or None. What a step itself
             reported comes first.
+        reports: the steps' reports by instance; None reads those in the folder.
+        components: the components that the pipeline is made of; None: all.
     """
     folder = RunFolder(run_dir)
     config = folder.config()
-    reports = read_reports(folder.work)
-    failed = _first_failure(reports) or _unfinished(config, reports, failure)
+    expected = {name: each for name, each in instances(config).items() if components is None or name in components}
+    if reports is None:
+        reports = read_reports(folder.work)
+    failed = _first_failure(reports) or _unfinished(expected, reports, failure)
     facts = {name: report.get("facts") or {} for name, report in reports.items()}
     promotion = facts.get("promotion", {})
     return {
         "status": "failed" if failed else "succeeded",
         "failure": failed,
-        "steps": _steps(config, reports, over=failed is not None),
+        "steps": _steps(expected, reports, over=failed is not None),
         "dataset": _pick(facts.get("ingest"), "samples", "by_kind", "dropped"),
         "ledger": _pick(facts.get("merger", {}).get("ledger"), "both", "audio_only", "vision_only", "none"),
         "merged": _pick(facts.get("merger", {}).get("merged"), "rows", "flags"),
@@ -107,15 +116,14 @@ def _first_failure(reports: Mapping[str, Report]) -> dict[str, Any] | None:
 
 
 def _unfinished(
-    config: Config, reports: Mapping[str, Report], failure: Mapping[str, str] | None
+    expected: Mapping[str, list[str]], reports: Mapping[str, Report], failure: Mapping[str, str] | None
 ) -> dict[str, Any] | None:
     """The failure from outside, or that of a step that has not come to its end."""
     running = [name for name, report in reports.items() if report.get("status") == "running"]
     at = _component(running[0]) if running else None
     if failure is not None:
         return {"step": failure.get("step") or at, "code": failure["code"], "message": failure["message"]}
-    expected = [name for names in instances(config).values() for name in names]
-    for name in running or [name for name in expected if name not in reports]:
+    for name in running or [name for names in expected.values() for name in names if name not in reports]:
         return {
             "step": _component(name),
             "code": "interrupted",
@@ -128,10 +136,10 @@ def _component(instance: str) -> str:
     return instance.split("-")[0]
 
 
-def _steps(config: Config, reports: Mapping[str, Report], *, over: bool) -> dict[str, Any]:
+def _steps(expected: Mapping[str, list[str]], reports: Mapping[str, Report], *, over: bool) -> dict[str, Any]:
     """One entry for each component; its shards or roles are added up, and also listed where there are several."""
     steps: dict[str, Any] = {}
-    for component, names in instances(config).items():
+    for component, names in expected.items():
         entries = {name: _entry(reports.get(name), over) for name in names}
         statuses = [entry["status"] for entry in entries.values()]
         ran = [status for status in statuses if status != "skipped"]

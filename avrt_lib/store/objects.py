@@ -81,7 +81,7 @@ class S3Settings:
         pool = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=min(timeout_s, 10.0), read=timeout_s),
             cert_reqs="CERT_REQUIRED",
-            ca_certs=os.environ.get("SSL_CERT_FILE") or certifi.where(),
+            ca_certs=os.environ.get("AVRT_S3_CA_FILE") or os.environ.get("SSL_CERT_FILE") or certifi.where(),
             retries=urllib3.Retry(total=attempts - 1, backoff_factor=0.2, status_forcelist=[500, 502, 503, 504]),
         )
         return Minio(

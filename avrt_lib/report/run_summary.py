@@ -1,0 +1,65 @@
+"""The last step of a cluster run, which runs however the run ends: summary and report from what the steps reported."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from avrt_lib import tracking
+from avrt_lib.config import Config
+from avrt_lib.errors import AvrtError
+from avrt_lib.report import summary as summaries
+from avrt_lib.report.html import write_report
+from avrt_lib.runs import RunFolder, instances, write_config
+from avrt_lib.store import run_reports
+from avrt_lib.workspace import Workspace
+
+log = logging.getLogger("avrt.report")
+
+#: ``avrt submit`` reads the summary from this line of the step's log.
+LINE = "avrt-summary: "
+
+
+def run(config: Config, *, workspace: Workspace, summary: Path, status: str, components: str) -> dict[str, Any]:
+    """Write the run's summary and report, keep them in the store, and print the summary as one line.
+
+    Args:
+        config: the run's configuration.
+        workspace: the step's scratch.
+        summary: gets ``summary.json`` and ``report.html``.
+        status: how the backend says that the run ended: ``COMPLETE`` or ``FAILED``; ``RUNNING`` where it was stopped.
+        components: the components that the pipeline is made of, separated by commas.
+
+    Returns:
+        ``run_status`` and ``uri`` of the summary in the store.
+    """
+    folder = RunFolder(summary)
+    summary.mkdir(parents=True, exist_ok=True)
+    write_config(folder.config_file, config)
+    wanted = components.split(",")
+    names = [name for component, each in instances(config).items() if component in wanted for name in each]
+    reports = run_reports.collect(config, names)
+    failure = None
+    if status != "COMPLETE":
+        failure = {
+            "step": "",
+            "code": "interrupted" if status == "RUNNING" else "error",
+            "message": "The run was stopped." if status == "RUNNING" else "The run failed: see the log of its step.",
+        }
+    document = summaries.build(summary, failure, reports=reports, components=wanted)
+    folder.summary_file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    try:
+        write_report(summary, reports)
+    except AvrtError:
+        log.exception("report.html could not be written")
+    uri = None
+    if run_reports.enabled():
+        for path, kind in ((folder.summary_file, "application/json"), (folder.report_file, "text/html")):
+            if path.exists():
+                uri = uri or run_reports.put_document(path.name, path.read_bytes(), kind)
+    tracking.end_parent(config, succeeded=document["status"] == "succeeded")
+    print(LINE + json.dumps(document, ensure_ascii=False, separators=(",", ":")), flush=True)
+    return {"run_status": document["status"], "uri": uri, "run": os.environ.get(run_reports.RUN_ID)}

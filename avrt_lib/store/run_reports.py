@@ -1,0 +1,92 @@
+"""Reports of a run's steps in the object store: how the steps of a cluster run, each in a pod of its own, tell one tale.
+
+``s3://BUCKET/runs/RUN/reports/INSTANCE.json`` holds the report of a step that ran. A step that the pipeline's cache
+answers does not run, so each finished report is also kept under what the cache compares, ``reports/KEY/INSTANCE.json``,
+and taken from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from avrt_lib import __version__
+from avrt_lib.config import Config
+from avrt_lib.errors import AvrtError
+from avrt_lib.store.checkpoints import RUN_ID
+from avrt_lib.store.objects import client, default_bucket, read_object, store_errors
+
+log = logging.getLogger("avrt.store")
+
+#: Set to ``store`` where steps run in pods of their own.
+VARIABLE = "AVRT_RUN_REPORTS"
+DATA_HASH = "AVRT_DATA_HASH"
+
+
+def enabled() -> bool:
+    """Whether this process's step tells the store how it ends."""
+    return os.environ.get(VARIABLE) == "store" and bool(os.environ.get(RUN_ID))
+
+
+def cache_key(config: Config) -> str:
+    """What the pipeline's cache compares beside a step's inputs, as a hash."""
+    parts = (config.to_json(), os.environ.get(DATA_HASH, ""), __version__)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def put(config: Config, instance: str, report: Mapping[str, Any]) -> None:
+    """Keep a step's report. A store that is away costs the report, and not the step."""
+    if not enabled():
+        return
+    document = json.dumps(dict(report), ensure_ascii=False).encode()
+    places = [f"runs/{os.environ[RUN_ID]}/reports/{instance}.json"]
+    if report.get("status") in ("succeeded", "skipped"):
+        places.append(f"reports/{cache_key(config)}/{instance}.json")
+    try:
+        with store_errors(f"Keeping the report of {instance}"):
+            connection, bucket = client(), default_bucket()
+            if not connection.bucket_exists(bucket):
+                connection.make_bucket(bucket)
+            for place in places:
+                connection.put_object(bucket, place, io.BytesIO(document), len(document), "application/json")
+    except AvrtError as error:
+        log.warning("%s", error)
+
+
+def collect(config: Config, instances: list[str]) -> dict[str, dict[str, Any]]:
+    """The reports of this run's steps; those of steps that the cache answered say ``cached``.
+
+    Raises:
+        StoreError: where the store refuses.
+    """
+    reports: dict[str, dict[str, Any]] = {}
+    with store_errors("Reading the reports of the run"):
+        connection, bucket = client(), default_bucket()
+        for instance in instances:
+            for place, cached in (
+                (f"runs/{os.environ[RUN_ID]}/reports/{instance}.json", False),
+                (f"reports/{cache_key(config)}/{instance}.json", True),
+            ):
+                found = read_object(connection, bucket, place)
+                if found is not None:
+                    reports[instance] = json.loads(found) | ({"cached": True} if cached else {})
+                    break
+    return reports
+
+
+def put_document(name: str, document: bytes, kind: str) -> str:
+    """Keep a document of the run, and return its address.
+
+    Raises:
+        StoreError: where the store refuses.
+    """
+    key = f"runs/{os.environ[RUN_ID]}/{name}"
+    with store_errors(f"Keeping {name}"):
+        bucket = default_bucket()
+        client().put_object(bucket, key, io.BytesIO(document), len(document), kind)
+    return f"s3://{bucket}/{key}"

@@ -1,0 +1,126 @@
+"""Where the pods of a run go on a cluster, and what they get there: a cluster profile applied to the tasks of a pipeline.
+
+What the backend was seen to do shaped this:
+
+- Retries without an upper bound of their own end after an hour, counted from the first attempt's start
+  (``backoff_max_duration``), and only a whole ``backoff_factor`` is understood.
+- Timeouts count from the pod's start; a pod that waits for a node waits for ever, which ``avrt submit`` watches.
+- None of these settings is part of the cache's key.
+- The driver pods that Kubeflow Pipelines puts before each task take none of it.
+"""
+
+from typing import Any
+
+from kfp import kubernetes
+
+from avrt_lib.cluster.profile import Pool, Profile
+
+#: Labels that the backend puts on every pod of a run.
+RUN_LABEL = "pipeline/runid"
+STEP_LABEL = "avrt.dev/step"
+CA_FOLDER = "/etc/avrt-store-ca"
+
+
+def place(task: Any, step: str, profile: Profile, data_hash: str) -> None:
+    """Apply a profile to one task.
+
+    Args:
+        task: the task; it runs one component.
+        step: the component's name.
+        profile: the cluster.
+        data_hash: identity of the source data, which the champion's tags name.
+    """
+    pool = profile.pool(step)
+    _nodes(task, pool)
+    _resources(task, pool)
+    _lifetime(task, pool)
+    _environment(task, profile, data_hash)
+    _pod(task, step, profile)
+
+
+def _nodes(task: Any, pool: Pool) -> None:
+    for key, value in pool.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for taint in pool.tolerations:
+        kubernetes.add_toleration(task, taint.key, taint.operator, taint.value, taint.effect, taint.seconds)
+    if pool.affinity:
+        terms = [term.model_dump(exclude={"values"} if not term.values else None) for term in pool.affinity]
+        kubernetes.add_node_affinity(task, match_expressions=terms)
+
+
+def _resources(task: Any, pool: Pool) -> None:
+    task.set_cpu_request(pool.cpu_request)
+    task.set_memory_request(pool.memory_request)
+    if pool.cpu_limit:
+        task.set_cpu_limit(pool.cpu_limit)
+    if pool.memory_limit:
+        task.set_memory_limit(pool.memory_limit)
+    if pool.gpus:
+        task.set_accelerator_type(pool.gpu_resource)
+        task.set_accelerator_limit(pool.gpus)
+    if pool.shared_memory:
+        kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", "Memory", pool.shared_memory)
+    if pool.scratch:
+        kubernetes.empty_dir_mount(task, "scratch", "/tmp", size_limit=pool.scratch)
+
+
+def _lifetime(task: Any, pool: Pool) -> None:
+    if pool.timeout_s:
+        kubernetes.set_timeout(task, pool.timeout_s)
+    if pool.retries:
+        attempts = pool.retries + 1
+        longest = attempts * ((pool.timeout_s or 86_400) + pool.retry_wait_s * 2**pool.retries)
+        task.set_retry(pool.retries, f"{pool.retry_wait_s}s", 2, f"{longest}s")
+
+
+def _environment(task: Any, profile: Profile, data_hash: str) -> None:
+    store = profile.store
+    values = {
+        "AVRT_S3_ENDPOINT": store.endpoint,
+        "AVRT_S3_SECURE": "1" if store.secure else "0",
+        "AVRT_S3_REGION": store.region,
+        "AVRT_RUN_REPORTS": "store",
+        "AVRT_DATA_HASH": data_hash,
+        **profile.environment,
+    }
+    kubernetes.use_field_path_as_env(task, "AVRT_RUN_ID", f"metadata.labels['{RUN_LABEL}']")
+    kubernetes.use_secret_as_env(
+        task, store.secret, {"access_key": "AVRT_S3_ACCESS_KEY", "secret_key": "AVRT_S3_SECRET_KEY"}
+    )
+    if store.ca_config_map:
+        kubernetes.use_config_map_as_volume(task, store.ca_config_map, CA_FOLDER)
+        values["AVRT_S3_CA_FILE"] = f"{CA_FOLDER}/ca.crt"
+    if profile.tracking:
+        values["MLFLOW_TRACKING_URI"] = profile.tracking.uri
+        if profile.tracking.secret:
+            names = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
+            kubernetes.use_secret_as_env(task, profile.tracking.secret, names)
+    if profile.api_key_secret:
+        kubernetes.use_secret_as_env(task, profile.api_key_secret, {"api_key": "AVRT_API_KEY"}, optional=True)
+    for secret, keys in profile.secret_env.items():
+        kubernetes.use_secret_as_env(task, secret, dict(keys))
+    for name, value in sorted(values.items()):
+        task.set_env_variable(name, value)
+
+
+def _pod(task: Any, step: str, profile: Profile) -> None:
+    labels = {**profile.labels, STEP_LABEL: step}
+    if profile.kueue:
+        labels["kueue.x-k8s.io/queue-name"] = profile.kueue.queue
+        if profile.kueue.priority_class:
+            labels["kueue.x-k8s.io/priority-class"] = profile.kueue.priority_class
+    for key, value in labels.items():
+        kubernetes.add_pod_label(task, key, value)
+    for key, value in profile.annotations.items():
+        kubernetes.add_pod_annotation(task, key, value)
+    for volume in profile.volumes:
+        kubernetes.mount_pvc(task, volume.claim, volume.mount_path, volume.sub_path)
+    if profile.image_pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(profile.image_pull_secrets))
+    kubernetes.set_image_pull_policy(task, profile.image_pull_policy)
+    kubernetes.set_security_context(
+        task,
+        run_as_user=profile.run_as_user,
+        run_as_group=profile.run_as_group,
+        run_as_non_root=profile.run_as_non_root,
+    )
