@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -19,6 +20,12 @@ from avrt_lib.errors import ConfigError
 PAPER = "paper"
 CORRECTION = "authors' correction"
 OURS = "ours"
+
+#: A model of a hub by its id: ``hub:ORG/NAME``, or ``hub:ORG/NAME/ADAPTER`` for an adapter of it that is merged in.
+HUB = "hub:"
+#: Beside the configuration files: which commit of each hub model is meant, and where its files lie (``avrt models``).
+MODELS_LOCK = "models.lock"
+_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 def _sourced(default: Any, source: str, **constraints: Any) -> Any:
@@ -68,12 +75,33 @@ class DataConfig(Section):
         return self
 
 
+def _check_remote_code(model: str, revision: str | None) -> None:
+    """Refuse a model's own Python where it is not a file of a pinned model that lies here or in the store."""
+    if model.startswith(HUB):
+        return  # models.lock pins it; without its entry nothing is loaded
+    if model.startswith("s3://"):
+        if not re.fullmatch(r"[0-9a-f]{64}", model.rpartition("/")[2]):
+            raise ValueError(
+                f"trust_remote_code: {model} does not end in a content hash; publish the model with `avrt models pull`"
+            )
+    elif not model.startswith(("/", ".", "~")):
+        raise ValueError(
+            f"trust_remote_code: {model} is no folder and no s3:// address; code is never run from a hub: use "
+            "`avrt models pull` or `avrt models prepare`"
+        )
+    if revision is None or not _COMMIT.fullmatch(revision):
+        raise ValueError(
+            "trust_remote_code runs the model's own Python: pin it by revision (the commit's full hash, which "
+            "`avrt models` writes into models.lock), or set trust_remote_code: false"
+        )
+
+
 class EngineConfig(Section):
     """Which model answers, where, and how it decodes."""
 
     kind: Literal["vllm", "endpoint"] = "vllm"
-    model: str = Field(description="builtin:NAME, a folder, s3://…; for an endpoint the served model's name")
-    revision: str | None = None
+    model: str = Field(description="builtin:NAME, hub:ORG/NAME, a folder, s3://…; an endpoint's served model name")
+    revision: str | None = Field(None, description="of a hub model: branch, tag or commit; the lock makes it a commit")
     base_url: str | None = Field(None, description="endpoint: its OpenAI address, ending in /v1")
     api_key_env: str | None = Field(None, description="endpoint: the environment variable that holds its key")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -93,6 +121,10 @@ class EngineConfig(Section):
     def _endpoint_has_an_address(self) -> Self:
         if self.kind == "endpoint" and not self.base_url:
             raise ValueError("an endpoint engine needs base_url (for example http://teacher.models.svc/v1)")
+        if self.trust_remote_code:
+            if self.kind == "endpoint":
+                raise ValueError("trust_remote_code is for models that are loaded here: say it where the endpoint runs")
+            _check_remote_code(self.model, self.revision)
         return self
 
 
@@ -132,6 +164,19 @@ class ValidationConfig(Section):
     max_letter_share: float = Field(0.6, gt=0, le=1, description="no answer letter may stand for more of the rows")
 
 
+class LoraConfig(Section):
+    """Low-rank adapters beside the student's language model; they are merged into it when the model is written."""
+
+    rank: int = Field(32, ge=1)
+    alpha: float = Field(64.0, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    target_modules: list[str] = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        min_length=1,
+        description="linear layers of the language model, by the last part of their names",
+    )
+
+
 class StudentConfig(Section):
     """The model that learns."""
 
@@ -144,6 +189,13 @@ class StudentConfig(Section):
     max_model_len: int = Field(8192, ge=128)
     kv_cache_gib: float = Field(1.0, gt=0)
     trust_remote_code: bool = False
+    lora: LoraConfig | None = Field(None, description="train adapters instead of all weights; the paper trains all")
+
+    @model_validator(mode="after")
+    def _code_is_pinned(self) -> Self:
+        if self.trust_remote_code:
+            _check_remote_code(self.model, self.revision)
+        return self
 
 
 class OptimizerConfig(Section):
@@ -293,6 +345,19 @@ class Config(Section):
     deployment: DeploymentConfig = Field(default_factory=DeploymentConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    accepted_licences: list[str] = Field(
+        default_factory=list, description="ids of models whose restricted licence the user has read and accepts"
+    )
+
+    @model_validator(mode="after")
+    def _adapters_train_alone(self) -> Self:
+        for name, section in (("sft", self.sft), ("grpo", self.grpo)):
+            if self.student.lora is not None and section.deepspeed != "none":
+                raise ValueError(
+                    f"student.lora trains few weights, which need no ZeRO: set {name}.deepspeed to none, or "
+                    "student.lora to null"
+                )
+        return self
 
     def to_json(self) -> str:
         """The configuration as the one JSON text that travels through the pipeline."""
@@ -329,7 +394,34 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Config:
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(document).__name__}.")
     for dotted, value in (overrides or {}).items():
         _assign(document, dotted, value)
+    _pin_models(document, path.parent / MODELS_LOCK)
     return _validated(document, str(path))
+
+
+def _pin_models(document: dict[str, Any], lock: Path) -> None:
+    """Put the commit and the address that a lock file gives in the place of each hub model that it knows."""
+    if not lock.is_file():
+        return
+    try:
+        entries = json.loads(lock.read_text(encoding="utf-8"))
+        pinned = {str(name): (entry["model"], entry["revision"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{lock} is damaged ({error}): remove it, and run `avrt models pull` again.") from error
+    for dotted in ("teachers.vision.engine", "teachers.audio.engine", "merger.engine", "student"):
+        section: Any = document
+        for key in dotted.split("."):
+            section = section.get(key) if isinstance(section, dict) else None
+        name = section.get("model") if isinstance(section, dict) else None
+        if not isinstance(name, str) or name.removeprefix(HUB) not in pinned or not name.startswith(HUB):
+            continue
+        model, revision = pinned[name.removeprefix(HUB)]
+        wanted = section.get("revision")
+        if isinstance(wanted, str) and _COMMIT.fullmatch(wanted) and wanted != revision:
+            raise ConfigError(
+                f"{dotted}.revision is {wanted}, but {lock} has {revision}: run `avrt models pull` again, or correct "
+                "one of them."
+            )
+        section.update(model=model, revision=revision)
 
 
 def parse_set(items: list[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from avrt_lib.config import HUB
 from avrt_lib.errors import ConfigError, DataError
 from avrt_lib.tables import MANIFEST, sha256_file, write_json
 
@@ -18,11 +19,23 @@ def resolve(reference: str) -> Path:
     """The local folder of a model reference.
 
     Args:
-        reference: ``builtin:NAME`` (a tiny model of this package) or a folder.
+        reference: ``builtin:NAME`` (a tiny model of this package), a folder, or ``s3://…/SHA256`` of a published model,
+            which is fetched once into this machine's cache (``avrt_lib.hub.cache``).
 
     Raises:
         ConfigError: where there is no such model; the message lists what there is.
+        StoreError: where a published model cannot be fetched, or is not what its address says.
     """
+    if reference.startswith(HUB):
+        name = reference.removeprefix(HUB)
+        raise ConfigError(
+            f"{reference} is not pinned: `avrt models pull {name} --to FOLDER` (or s3://BUCKET) fetches it once and "
+            "writes models.lock, which belongs beside the configuration; a run itself never asks a hub."
+        )
+    if reference.startswith("s3://"):
+        from avrt_lib.hub.cache import fetch
+
+        return fetch(reference)
     if reference.startswith(BUILTIN):
         folder = WEIGHTS / reference.removeprefix(BUILTIN)
         if not (folder / "config.json").exists():
@@ -34,7 +47,7 @@ def resolve(reference: str) -> Path:
     folder = Path(reference).expanduser()
     if not (folder / "config.json").exists():
         raise ConfigError(
-            f"{reference} is not a model folder (it has no config.json): name a local folder or builtin:NAME."
+            f"{reference} is not a model folder (it has no config.json): name a local folder, s3://… or builtin:NAME."
         )
     return folder
 
@@ -46,12 +59,14 @@ def write_manifest(folder: Path, made_by: dict[str, Any]) -> dict[str, Any]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    content = hashlib.sha256(
-        json.dumps({k: v["sha256"] for k, v in files.items()}, sort_keys=True).encode()
-    ).hexdigest()
-    manifest = {"kind": "model", "content_sha256": content, "files": files, "made_by": made_by}
+    manifest = {"kind": "model", "content_sha256": content_sha256(files), "files": files, "made_by": made_by}
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def content_sha256(files: dict[str, dict[str, Any]]) -> str:
+    """The hash of a model's content: of its files' names and hashes, as a manifest lists them."""
+    return hashlib.sha256(json.dumps({k: v["sha256"] for k, v in files.items()}, sort_keys=True).encode()).hexdigest()
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
