@@ -274,9 +274,16 @@ class EvaluationConfig(Section):
     conditions: list[Literal["av", "audio_only", "vision_only"]] = Field(
         default_factory=lambda: ["av", "audio_only", "vision_only"]  # type: ignore[arg-type]
     )
+    endpoint: EngineConfig | None = Field(None, description="ask this endpoint in the base's place")
     chunk_rows: int = Field(256, ge=1)
     processes: int = Field(1, ge=1, description="engines side by side")
     bootstrap_samples: int = Field(2000, ge=100)
+
+    @model_validator(mode="after")
+    def _an_endpoint(self) -> Self:
+        if self.endpoint is not None and self.endpoint.kind != "endpoint":
+            raise ValueError("endpoint needs kind: endpoint; a model folder is named by student.model")
+        return self
 
 
 class PromotionConfig(Section):

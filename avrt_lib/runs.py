@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,10 +134,16 @@ def find(runs_dir: Path, name: str = LATEST) -> RunFolder:
     raise UsageError(f"There is no run {name!r} in {runs_dir}; {listed}.")
 
 
-def instances(config: Config) -> dict[str, list[str]]:
-    """The step instances that a whole run has, by component, in the order in which they can run."""
+def instances(config: Config, components: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """The step instances of a run, by component, in the order in which they can run.
+
+    Args:
+        config: the run's configuration.
+        components: what its pipeline is made of: components, or single instances of them (``evaluation-base``); None:
+            the whole path.
+    """
     shards = range(config.teachers.shards)
-    return {
+    whole = {
         "preflight": ["preflight"],
         "ingest": ["ingest"],
         "vision_teacher": [f"vision_teacher-{shard}" for shard in shards],
@@ -150,6 +156,13 @@ def instances(config: Config) -> dict[str, list[str]]:
         "promotion": ["promotion"],
         "deployment": ["deployment"],
     }
+    if components is None:
+        return whole
+    chosen: dict[str, list[str]] = {}
+    for name in components:
+        component, dash, _ = name.partition("-")
+        chosen.setdefault(component, []).extend([name] if dash else whole.get(component, [component]))
+    return chosen
 
 
 def sources(config: Config) -> dict[str, SourceConfig]:

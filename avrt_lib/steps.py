@@ -75,6 +75,8 @@ STEPS: dict[str, Step] = {
     "merger": Step(
         "avrt_lib.merger", ("samples", "vision_traces", "audio_traces"), ("merged",), ("merger", "seed"), "vllm"
     ),
+    "publish_traces": Step("avrt_lib.merger.publishing", ("merged",), ("published",), ("store",), "pipeline"),
+    "import_traces": Step("avrt_lib.merger.importing", ("samples",), ("merged",), ("merger",), "pipeline", ("source",)),
     "data_validation": Step(
         "avrt_lib.validation", ("samples", "merged"), ("report",), ("validation", "merger", "data"), "pipeline"
     ),
@@ -196,7 +198,13 @@ def run_step(
             place_folder(workspace.scratch / output, target)
         seconds = read_json(done)["seconds"] if rank == 0 else time.time() - started
         status = facts.get("status", "succeeded") if isinstance(facts, dict) else "succeeded"
-        ended: dict[str, Any] = {"status": status, "seconds": seconds, "started": started, "failure": None, "facts": facts}
+        ended: dict[str, Any] = {
+            "status": status,
+            "seconds": seconds,
+            "started": started,
+            "failure": None,
+            "facts": facts,
+        }
         places = {output: str(target) for output, target in placed.items()}
         workspace.report(**ended, reused=reused, outputs=places)
         if rank == 0:

@@ -16,7 +16,7 @@ from typing import Any
 from kfp import dsl
 
 from avrt_lib import __version__
-from avrt_lib.steps import STEPS
+from components.audio_teacher import audio_teacher
 from components.data_validation import data_validation
 from components.deployment import deployment
 from components.evaluation import evaluation
@@ -27,13 +27,24 @@ from components.preflight import preflight
 from components.promotion import promotion
 from components.run_summary import run_summary
 from components.sft import sft
-from components.audio_teacher import audio_teacher
 from components.vision_teacher import vision_teacher
 from pipelines.graph import Graph, sharded
 from pipelines.options import Options
 
 NAME = "avrt"
-COMPONENTS = tuple(step for step in STEPS if step != "run_summary")
+COMPONENTS = (
+    "preflight",
+    "ingest",
+    "vision_teacher",
+    "audio_teacher",
+    "merger",
+    "data_validation",
+    "sft",
+    "grpo",
+    "evaluation",
+    "promotion",
+    "deployment",
+)
 DESCRIPTION = "Teach an audio-visual model to reason, from the reasoning of single-modality teachers."
 
 

@@ -1,4 +1,4 @@
-"""Where the pods of a run go on a cluster, and what they get there: a cluster profile applied to the tasks of a pipeline.
+"""Where the pods of a run go on a cluster, and what they get there: a profile applied to the tasks of a pipeline.
 
 What the backend was seen to do shaped this:
 

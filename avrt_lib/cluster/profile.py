@@ -19,7 +19,16 @@ from avrt_lib.errors import ConfigError
 
 #: The roles that pools stand for, and the steps of each.
 ROLES: dict[str, tuple[str, ...]] = {
-    "cpu": ("preflight", "ingest", "data_validation", "promotion", "deployment", "run_summary"),
+    "cpu": (
+        "preflight",
+        "ingest",
+        "publish_traces",
+        "import_traces",
+        "data_validation",
+        "promotion",
+        "deployment",
+        "run_summary",
+    ),
     "teacher": ("vision_teacher", "audio_teacher"),
     "merger": ("merger",),
     "training": ("sft", "grpo"),

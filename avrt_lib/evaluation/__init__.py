@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avrt_lib import models
-from avrt_lib.config import Config
+from avrt_lib.config import Config, EngineConfig
+from avrt_lib.engine import factory
 from avrt_lib.engine.lazy import LazyEngine
 from avrt_lib.errors import EngineError, UsageError
 from avrt_lib.evaluation.asking import ask, ask_in_child, build_engine, conditions_of
@@ -50,10 +51,11 @@ def run(
         samples: the samples table.
         predictions: the predictions table to write, with ``metrics.json`` beside it; chunks that it holds are kept.
         role: ``base``, ``sft`` or ``grpo``.
-        model: the checkpoint; for the base it may be left out and is then ``student.model``.
+        model: the checkpoint; for the base it may be left out and is then ``evaluation.endpoint``, or where there is
+            none, ``student.model``.
 
     Returns:
-        What ``metrics.summarise`` gives, and ``parity`` (see ``avrt_lib.evaluation.parity``).
+        What ``metrics.summarise`` gives, and ``parity`` (see ``avrt_lib.evaluation.parity``; None of an endpoint).
 
     Raises:
         UsageError: where the role is not known, or a trained one comes without its model.
@@ -63,6 +65,8 @@ def run(
         raise UsageError(f"There is no model role {role!r}: name one of {', '.join(ROLES)}.")
     if model is None and role != "base":
         raise UsageError(f"Evaluation of {role} needs the model folder that its training made.")
+    if model is None and config.evaluation.endpoint is not None:
+        return _endpoint(config, config.evaluation.endpoint, workspace, samples, predictions)
     folder = models.resolve(str(model or config.student.model))
     name = f"{role}@{_content(folder)[:12]}"
     writer = TableWriter(predictions, Prediction, {"step": "evaluation", "model": name})
@@ -70,6 +74,27 @@ def run(
         _ask_all(config, workspace, samples, folder, writer, engine)
         writer.finish()
         parity = _parity(config, samples, folder, predictions / PARITY, engine)
+    return _facts(config, predictions, parity)
+
+
+def _endpoint(
+    config: Config, endpoint: EngineConfig, workspace: Workspace, samples: Path, predictions: Path
+) -> dict[str, Any]:
+    """Ask a served model in the base's place; it has its own limits, and no weights here to compare it with."""
+    alone = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"processes": 1})})
+    engine_config = endpoint.model_copy(update={"max_tokens": config.evaluation.max_tokens})
+    name = f"base@{endpoint.model}"
+    writer = TableWriter(predictions, Prediction, {"step": "evaluation", "model": name})
+    with (
+        LazyEngine(lambda: factory.build(engine_config, name=name), name) as engine,
+        workspace.progress("answers", _count(config, samples)) as progress,
+    ):
+        ask(alone, samples, writer, progress, engine, 0)
+    writer.finish()
+    return _facts(config, predictions, None)
+
+
+def _facts(config: Config, predictions: Path, parity: dict[str, Any] | None) -> dict[str, Any]:
     resamples = config.evaluation.bootstrap_samples
     facts = summarise(read_rows(predictions, Prediction), resamples=resamples, seed=config.seed)
     facts["parity"] = parity

@@ -117,7 +117,7 @@ def run(
             progress=progress,
         )
     writer.finish()
-    return _facts(merged)
+    return counts(merged)
 
 
 def _by_sample(folders: Folders) -> dict[str, Trace]:
@@ -163,7 +163,8 @@ def _merged(pair: Pair, completion: Completion | None, model: str, version: str,
     )
 
 
-def _facts(merged: Path) -> dict[str, Any]:
+def counts(merged: Path) -> dict[str, Any]:
+    """``ledger`` (samples by cell) and ``merged`` (rows merged, and what the check found) of a merged table."""
     ledger = dict.fromkeys(CELLS, 0)
     flags: Counter[str] = Counter()
     rows = 0

@@ -40,7 +40,7 @@ def run(config: Config, *, workspace: Workspace, summary: Path, status: str, com
     summary.mkdir(parents=True, exist_ok=True)
     write_config(folder.config_file, config)
     wanted = components.split(",")
-    names = [name for component, each in instances(config).items() if component in wanted for name in each]
+    names = [name for each in instances(config, wanted).values() for name in each]
     reports = run_reports.collect(config, names)
     failure = None
     if status != "COMPLETE":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def build(
     failure: Mapping[str, str] | None = None,
     *,
     reports: Mapping[str, Report] | None = None,
-    components: Collection[str] | None = None,
+    components: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The summary of a run.
 
@@ -49,11 +49,11 @@ def build(
         failure: ``{step, code, message}`` of something that went wrong outside of a step, or None. What a step itself
             reported comes first.
         reports: the steps' reports by instance; None reads those in the folder.
-        components: the components that the pipeline is made of; None: all.
+        components: what the pipeline is made of, as ``avrt_lib.runs.instances`` takes it.
     """
     folder = RunFolder(run_dir)
     config = folder.config()
-    expected = {name: each for name, each in instances(config).items() if components is None or name in components}
+    expected = instances(config, components)
     if reports is None:
         reports = read_reports(folder.work)
     failed = _first_failure(reports) or _unfinished(expected, reports, failure)

@@ -1,0 +1,136 @@
+"""Published models on this machine: fetched once from the store, by the hash of their content."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from avrt_lib.errors import ConfigError, DiskFullError, StoreError
+from avrt_lib.models import content_sha256
+from avrt_lib.store.objects import client, read_object, store_errors
+from avrt_lib.tables import MANIFEST, read_json, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from minio import Minio
+
+log = logging.getLogger("avrt.hub")
+
+VARIABLE = "AVRT_MODEL_CACHE"
+_ADDRESS = re.compile(r"s3://(?P<bucket>[^/]+)/(?P<key>.+/(?P<sha256>[0-9a-f]{64}))/?")
+_CONNECTIONS = 4
+
+
+def cache_folder() -> Path:
+    """Where fetched models are kept: ``AVRT_MODEL_CACHE``, or this user's own folder among the temporary ones."""
+    return Path(os.environ.get(VARIABLE) or Path(tempfile.gettempdir()) / f"avrt-models-{os.getuid()}").absolute()
+
+
+def fetch(uri: str) -> Path:
+    """The local folder of a published model; the first call on a machine downloads it.
+
+    Files are checked against the manifest, and the manifest against the address, before the folder appears. A download
+    that was cut short goes on with the files that are missing. Several processes may ask at once: one downloads.
+
+    Args:
+        uri: ``s3://BUCKET/…/SHA256``.
+
+    Raises:
+        ConfigError: where the address does not end in a content hash.
+        StoreError: where the model is not there, or is not what its address and manifest say.
+        DiskFullError: where the cache's disk cannot hold it.
+    """
+    found = _ADDRESS.fullmatch(uri)
+    if found is None:
+        raise ConfigError(
+            f"{uri} does not end in a content hash (64 hexadecimal digits), so what lies there may change: publish the "
+            "model with `avrt models pull` or `avrt models import` and use the address that it prints."
+        )
+    cache, sha256 = cache_folder(), found["sha256"]
+    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+    target = cache / sha256
+    with _locked(cache / f"{sha256}.lock"):
+        if not _is_whole(target, sha256):
+            with store_errors(f"Fetching {uri}"):
+                _download(client(), found["bucket"], found["key"], sha256, target)
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _is_whole(folder: Path, sha256: str) -> bool:
+    """Whether a folder that was checked when it was made still has its files; contents are not hashed again."""
+    if not folder.is_dir():
+        return False
+    manifest = read_json(folder / MANIFEST)
+    sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
+    whole = manifest["content_sha256"] == sha256 and all(
+        path.is_file() and path.stat().st_size == size for path, size in sizes.items()
+    )
+    if not whole:
+        log.warning("%s is not whole and is fetched again", folder)
+        shutil.rmtree(folder)
+    return whole
+
+
+def _download(connection: Minio, bucket: str, key: str, sha256: str, target: Path) -> None:
+    uri = f"s3://{bucket}/{key}"
+    text = read_object(connection, bucket, f"{key}/{MANIFEST}")
+    if text is None:
+        raise StoreError(f"{uri} holds no model (it has no {MANIFEST}): publish it with `avrt models pull`.")
+    manifest = json.loads(text)
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    if content_sha256(files) != sha256:
+        raise StoreError(f"{uri} lists other files than its address names: publish the model again.")
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise StoreError(f"{uri} names {name}, which lies outside the model.")
+    partial = target.with_name(f".{sha256}.partial")
+    partial.mkdir(exist_ok=True, mode=0o700)
+    left = {n: e for n, e in files.items() if not _matches(partial / n, e)}
+    _require_space(target.parent, sum(entry["bytes"] for entry in left.values()), uri)
+
+    def get(name: str) -> None:
+        path = partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if files[name]["bytes"] == 0:
+            path.touch()
+        else:
+            connection.fget_object(bucket, f"{key}/{name}", str(path))
+        if not _matches(path, files[name]):
+            path.unlink(missing_ok=True)
+            raise StoreError(f"{uri}/{name} is not what the manifest says: publish the model again.")
+
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        for done in [pool.submit(get, name) for name in left]:
+            done.result()
+    write_json(partial / MANIFEST, manifest)
+    partial.rename(target)
+    log.info("fetched %s to %s", uri, target)
+
+
+def _matches(path: Path, entry: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+
+
+def _require_space(folder: Path, size: int, uri: str) -> None:
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DiskFullError(
+            f"{uri} needs {size / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} are free: free some, or name another "
+            f"folder with {VARIABLE}."
+        )

@@ -1,0 +1,59 @@
+"""Tables in the object store: a table's place is the hash of its content, and nothing there is ever overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from urllib.parse import urlparse
+
+from avrt_lib.errors import ConfigError, StoreError
+from avrt_lib.store.objects import client, describe_files, read_object, store_errors, upload_files
+from avrt_lib.tables import MANIFEST, atomic_path, sha256_file, verify
+
+
+def publish_table(folder: Path, name: str, bucket: str) -> str:
+    """Put a finished table to ``s3://BUCKET/NAME/SHA256/``, its manifest last, and return that address.
+
+    Raises:
+        DataError: where the table was changed after it was written.
+        StoreError: where the store refuses.
+    """
+    manifest = verify(folder)
+    key = f"{name}/{manifest['content_sha256']}"
+    with store_errors(f"Publishing {folder.name} to s3://{bucket}/{key}"):
+        connection = client()
+        if not connection.bucket_exists(bucket):
+            connection.make_bucket(bucket)
+        sizes = {path: entry["bytes"] for path, entry in describe_files(folder).items()}
+        upload_files(connection, bucket, key, folder, sizes)
+        connection.fput_object(bucket, f"{key}/{MANIFEST}", str(folder / MANIFEST), content_type="application/json")
+    return f"s3://{bucket}/{key}"
+
+
+def fetch_table(uri: str, target: Path) -> None:
+    """Download a published table and check it against its manifest.
+
+    Raises:
+        ConfigError: where the address is not one of a table.
+        StoreError: where it is not there or not whole.
+    """
+    parts = urlparse(uri)
+    bucket, key = parts.netloc, parts.path.strip("/")
+    if parts.scheme != "s3" or not bucket or not key:
+        raise ConfigError(f"{uri} is no address of a published table: it has the form s3://BUCKET/NAME/SHA256.")
+    with store_errors(f"Fetching {uri}"):
+        connection = client()
+        document = read_object(connection, bucket, f"{key}/{MANIFEST}")
+        if document is None:
+            raise StoreError(f"{uri} has no {MANIFEST}: it is not there, or was not published as a whole.")
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            for name, entry in json.loads(document)["files"].items():
+                path = temporary / name
+                if not path.resolve().is_relative_to(temporary.resolve()):
+                    raise StoreError(f"The manifest of {uri} names a file outside of the table: {name}.")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                connection.fget_object(bucket, f"{key}/{name}", str(path))
+                if sha256_file(path) != entry["sha256"]:
+                    raise StoreError(f"s3://{bucket}/{key}/{name} is not what its manifest says.")
+            (temporary / MANIFEST).write_bytes(document)
