@@ -120,6 +120,16 @@ def compile_(
     ),
     config: ConfigFile = DEFAULT_CONFIG,
     settings: Settings = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="The cluster it will run on: pools, secrets, limits become part of it.", metavar="PROFILE"),
+    ] = None,
+    pipeline: Annotated[
+        str, typer.Option(help="avrt (the whole path), data, train or evaluate.", metavar="NAME")
+    ] = "avrt",
+    kubernetes: Annotated[
+        bool, typer.Option("--kubernetes", help="Write Pipeline and PipelineVersion objects for kubectl.")
+    ] = False,
     pipeline_image: Annotated[str | None, typer.Option(help="Image of the steps without torch.")] = None,
     train_image: Annotated[str | None, typer.Option(help="Image of the training steps.")] = None,
     vllm_image: Annotated[str | None, typer.Option(help="Image of the steps with vLLM.")] = None,
@@ -127,12 +137,22 @@ def compile_(
 ) -> None:
     """Compile the pipeline for a Kubeflow Pipelines backend; the configuration becomes the default of its parameter.
 
-    Example: `avrt compile --config configs/miniature.yaml --output pipeline.yaml`
+    Example: `avrt compile --config configs/miniature.yaml --cluster configs/clusters/test.yaml --output pipeline.yaml`
     """
     from avrt_lib.cli.run import compile_file
+    from avrt_lib.cluster.profile import find_profile, load_profile
 
     images = {"pipeline": pipeline_image, "train": train_image, "vllm": vllm_image}
-    compile_file(resolve(find_config(config), overrides_of(settings)), output, images)
+    profile = find_profile(cluster) if cluster else None
+    changes = (load_profile(profile).overrides if profile else {}) | overrides_of(settings)
+    compile_file(
+        resolve(find_config(config), changes),
+        output,
+        images,
+        pipeline=pipeline,
+        cluster=profile,
+        kubernetes=kubernetes,
+    )
     out.print(f"Written: {output}", soft_wrap=True)
 
 

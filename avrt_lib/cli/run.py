@@ -79,13 +79,24 @@ def _show_result(folder: RunFolder, summary: dict[str, Any], runs_dir: Path) -> 
         )
 
 
-def compile_file(config: Config, output: Path, images: dict[str, str | None]) -> None:
-    """Compile the pipeline of a configuration into a file.
+def compile_file(
+    config: Config,
+    output: Path,
+    images: dict[str, str | None],
+    *,
+    pipeline: str,
+    cluster: Path | None,
+    kubernetes: bool,
+) -> None:
+    """Compile a pipeline of a configuration into a file.
 
     Args:
         config: the configuration.
         output: the YAML file.
-        images: references by image name; None keeps the default.
+        images: references by image name; None: what ``make images`` built, or the default.
+        pipeline: which pipeline.
+        cluster: the profile of the cluster that it is for.
+        kubernetes: write Kubernetes objects.
 
     Raises:
         UsageError: where the file's name does not end in .yaml.
@@ -95,6 +106,11 @@ def compile_file(config: Config, output: Path, images: dict[str, str | None]) ->
     if output.suffix != ".yaml":
         raise UsageError(f"--output must end in .yaml, not {output.name!r}.")
     options = [part for name, image in images.items() if image for part in (f"--{name}-image", image)]
+    options += ["--pipeline", pipeline]
+    if cluster is not None:
+        options += ["--cluster", str(cluster.absolute())]
+    if kubernetes:
+        options.append("--kubernetes")
     folder = Path(tempfile.mkdtemp(prefix="avrt-compile-"))
     try:
         write_config(folder / "config.yaml", config)

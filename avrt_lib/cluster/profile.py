@@ -1,8 +1,8 @@
 """Cluster profiles: what a pipeline must know of the cluster that it is compiled for, and nothing about the run itself.
 
 One strict YAML file a cluster (``configs/clusters/``). A profile is applied when the pipeline is compiled; the run's
-configuration stays the same from cluster to cluster, but for ``overrides``, which says what the cluster decides about it
-(where models are served, for example).
+configuration stays the same from cluster to cluster, but for ``overrides``: what the cluster decides about it, such as
+where models are served.
 """
 
 from __future__ import annotations
@@ -214,6 +214,22 @@ def role_of(step: str) -> Role:
         if step in steps:
             return role  # type: ignore[return-value]
     raise KeyError(step)
+
+
+def find_profile(path: Path) -> Path:
+    """A profile's file as given, or of this name among those that come with the package (``test``, ``gke`` …).
+
+    Raises:
+        ConfigError: where there is none; the message lists those that come with the package.
+    """
+    if path.is_file():
+        return path
+    folder = Path(__file__).parents[2] / "configs" / "clusters"
+    for candidate in (folder / path.name, folder / f"{path.name}.yaml"):
+        if candidate.is_file() and (path.parent.name in ("", "clusters")) and not path.is_absolute():
+            return candidate
+    known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml"))) or "none"
+    raise ConfigError(f"There is no cluster profile {path}; name one with --cluster (there are {known}).")
 
 
 def load_profile(path: Path) -> Profile:

@@ -50,7 +50,8 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, so
         place_folder(Path(source), merged)
     else:
         raise DataError(
-            f"{source} holds no merged traces: name s3://BUCKET/traces/SHA256, a merged table's folder, or a .jsonl file."
+            f"{source} holds no merged traces: name s3://BUCKET/traces/SHA256, the folder of a merged table, or a "
+            ".jsonl file."
         )
     return _checked(merged, known, source)
 
@@ -97,7 +98,7 @@ def _checked(merged: Path, known: dict[str, Sample], source: str) -> dict[str, A
     for row in read_rows(merged, Merged, columns=["sample_id"]):
         if row.sample_id not in known:
             raise DataError(
-                f"{source} has a trace of {row.sample_id!r}, which is no training sample of this run: name the data set "
-                "and seed that the traces were made with."
+                f"{source} has a trace of {row.sample_id!r}, which is no training sample of this run: name the data "
+                "set and seed that the traces were made with."
             )
     return counts(merged)

@@ -1,4 +1,4 @@
-"""Reports of a run's steps in the object store: how the steps of a cluster run, each in a pod of its own, tell one tale.
+"""Reports of a run's steps in the object store, which make one summary of what ran in pods of their own.
 
 ``s3://BUCKET/runs/RUN/reports/INSTANCE.json`` holds the report of a step that ran. A step that the pipeline's cache
 answers does not run, so each finished report is also kept under what the cache compares, ``reports/KEY/INSTANCE.json``,
