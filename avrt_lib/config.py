@@ -381,12 +381,13 @@ def from_json(text: str) -> Config:
     return _validated(json.loads(text), "the configuration parameter")
 
 
-def load(path: Path, overrides: dict[str, Any] | None = None) -> Config:
-    """Load a configuration file and apply dotted overrides.
+def load(path: Path, overrides: dict[str, Any] | None = None, *, pinned: bool = True) -> Config:
+    """Load a configuration file, apply dotted overrides, and pin hub models by the lock file beside it.
 
     Args:
         path: the YAML file.
         overrides: ``{"grpo.learning_rate": 1e-4, …}``; values as YAML would read them.
+        pinned: False leaves hub models as the file names them.
 
     Raises:
         ConfigError: the message names the file, the key and the mend.
@@ -401,7 +402,8 @@ def load(path: Path, overrides: dict[str, Any] | None = None) -> Config:
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(document).__name__}.")
     for dotted, value in (overrides or {}).items():
         _assign(document, dotted, value)
-    _pin_models(document, path.parent / MODELS_LOCK)
+    if pinned:
+        _pin_models(document, path.parent / MODELS_LOCK)
     return _validated(document, str(path))
 
 

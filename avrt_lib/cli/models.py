@@ -127,10 +127,11 @@ def licences(
         rows = [licence for licence in used.values() if licence is not None]
         for reference in [reference for reference, licence in used.items() if licence is None]:
             err.print(f"{reference}: its licence is not known here; read its card.", soft_wrap=True)
-    table = Table("model", "licence", "commercial use", "note", "card")
+    table = Table("model", "licence", "commercial use", "note")
     for row in rows:
-        table.add_row(row.model, row.licence, row.commercial, row.note, row.card)
+        table.add_row(row.model, row.licence, row.commercial, row.note)
     out.print(table)
+    out.print("Each model's card has the last word: https://huggingface.co/MODEL")
 
 
 def _hub_models(file: Path) -> Iterator[tuple[str, str | None]]:

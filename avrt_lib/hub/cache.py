@@ -131,6 +131,6 @@ def _require_space(folder: Path, size: int, uri: str) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise DiskFullError(
-            f"{uri} needs {size / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} are free: free some, or name another "
-            f"folder with {VARIABLE}."
+            f"{uri} needs {size / 2**30:.1f} GiB in {folder}, where {free / 2**30:.1f} are free: free some, or name "
+            f"another folder with {VARIABLE}."
         )

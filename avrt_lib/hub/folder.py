@@ -130,7 +130,7 @@ def _add_module(folder: Path, module: str, files: dict[str, str]) -> None:
         return
     if not path.is_file():
         raise ConfigError(
-            f"{folder} needs its own code from {path.name}, which is not there: take the folder of one commit as a whole."
+            f"{folder} needs its own code from {path.name}, which is not there: take all files of one commit."
         )
     files[path.name] = sha256_file(path)
     for imported in re.findall(r"^\s*from\s+\.(\w+)\s+import\b", path.read_text(encoding="utf-8"), re.MULTILINE):

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from avrt_lib.errors import TrainingError
 from avrt_lib.models import write_manifest
 from avrt_lib.tables import MANIFEST, atomic_path, read_json
-from avrt_lib.training.student import Student
+from avrt_lib.training.student import Student, merged_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -67,7 +67,7 @@ def export(student: Student, target: Path, *, dtype: torch.dtype, made_by: dict[
     Raises:
         TrainingError: where a tensor is missing, has another shape, is not finite, or a frozen one differs.
     """
-    trained = student.model.state_dict()
+    trained = merged_state(student.model)
     state: dict[str, torch.Tensor] = {}
     squared_change = squared_base = 0.0
     for name, base in base_tensors(student.folder):

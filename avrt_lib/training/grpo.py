@@ -66,7 +66,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
     learner = student.load(sft_model, config.student)
     frozen = student.frozen_sha256(learner)
     encoder = Encoder(learner, config.student)
-    reference = student.load(sft_model, config.student).model if section.kl_beta > 0 else None
+    reference = student.load(sft_model, config.student, adapters=False).model if section.kl_beta > 0 else None
 
     completions = section.per_device_batch * section.gradient_accumulation * loop.world_size()
     if completions % section.group_size:

@@ -7,6 +7,7 @@ The student is the thinker of Qwen2.5-Omni. Its folder has the full Omni layout,
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import AutoProcessor, Qwen2_5OmniThinkerForConditionalGeneration
 from transformers.utils import logging as transformers_logging
 
-from avrt_lib.config import StudentConfig
+from avrt_lib.config import LoraConfig, StudentConfig
 from avrt_lib.errors import ConfigError, TrainingError
 from avrt_lib.tables import read_json
 
@@ -33,6 +34,11 @@ MEDIA_BOUNDARIES = (
     "audio_bos_token",
     "audio_eos_token",
 )
+
+
+#: The thinker's language model, which adapters are put into; its encoders have layers of the same names.
+LANGUAGE_MODEL = "model"
+ADAPTER_MARK = ".lora_"
 
 
 class _HiddenStates:
@@ -81,6 +87,14 @@ class Thinker(Qwen2_5OmniThinkerForConditionalGeneration):
         """The model up to its last hidden states of shape (batch, length, hidden)."""
         return _HiddenStates(self)
 
+    def save_pretrained(
+        self, save_directory: Any, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Save as transformers does; with adapters their weights alone, which is all that a checkpoint needs."""
+        state = state_dict or self.state_dict()
+        adapters = {name: value for name, value in state.items() if ADAPTER_MARK in name}
+        super().save_pretrained(save_directory, *args, state_dict=adapters or state_dict, **kwargs)
+
 
 @dataclass(frozen=True)
 class Student:
@@ -117,17 +131,19 @@ class Student:
                 yield name, parameter
 
 
-def load(folder: Path, config: StudentConfig, *, dtype: torch.dtype | None = None) -> Student:
-    """Load a student from a folder in the full Omni layout and freeze its encoders.
+def load(folder: Path, config: StudentConfig, *, dtype: torch.dtype | None = None, adapters: bool = True) -> Student:
+    """Load a student from a folder in the full Omni layout, freeze its encoders, and add the adapters it learns in.
 
     Args:
         folder: a local model folder.
         config: the student's section.
         dtype: of the parameters; None takes float32, which an optimiser without master weights needs (at the paper's
-            learning rate of 2e-6 most updates vanish in bfloat16).
+            learning rate of 2e-6 most updates vanish in bfloat16). With ``student.lora`` it is ``student.dtype``, since
+            only the adapters, which are float32, are trained.
+        adapters: False leaves out what ``student.lora`` asks for: the model is only read.
 
     Raises:
-        ConfigError: where the folder is not a Qwen2.5-Omni model, or a module to freeze does not exist.
+        ConfigError: where the folder is not a Qwen2.5-Omni model, or a module to freeze or to adapt does not exist.
     """
     document = read_json(folder / "config.json")
     if document.get("model_type") != "qwen2_5_omni":
@@ -139,7 +155,9 @@ def load(folder: Path, config: StudentConfig, *, dtype: torch.dtype | None = Non
     # The talker's default configuration names tokens of a vocabulary that a small thinker does not have.
     transformers_logging.set_verbosity_error()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    model = Thinker.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True)
+    if dtype is None:
+        dtype = torch.bfloat16 if config.lora is not None and config.dtype == "bfloat16" else torch.float32
+    model = Thinker.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     tokenizer = processor.tokenizer
     if getattr(model.config, "vision_start_token_id", None) is None:
         # get_rope_index finds the pictures by this id and takes every one for text without it.
@@ -151,7 +169,55 @@ def load(folder: Path, config: StudentConfig, *, dtype: torch.dtype | None = Non
         if name not in modules:
             raise ConfigError(f"student.freeze: the model has no module {name!r}; it has {', '.join(sorted(modules))}.")
         modules[name].requires_grad_(False)
+    if config.lora is not None and adapters:
+        add_adapters(model, config.lora)
     return Student(model, processor, folder, tuple(config.freeze))
+
+
+def add_adapters(model: Thinker, lora: LoraConfig) -> None:
+    """Put LoRA layers into the language model, in place, and train nothing else.
+
+    They are put into the model rather than the model into PEFT's, so that trainers, generation and export see the same
+    class with and without them.
+
+    Raises:
+        ConfigError: where the language model has no such layers.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import inject_adapter_in_model
+
+    names = "|".join(map(re.escape, lora.target_modules))
+    peft_config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=rf"{LANGUAGE_MODEL}\..*\.({names})",
+    )
+    try:
+        inject_adapter_in_model(peft_config, model)
+    except ValueError as error:
+        raise ConfigError(
+            f"student.lora.target_modules: the language model has no layers {', '.join(lora.target_modules)}."
+        ) from error
+    for name, parameter in model.named_parameters():
+        if ADAPTER_MARK in name:
+            parameter.data = parameter.data.float()
+
+
+def merged_state(model: Thinker) -> dict[str, torch.Tensor]:
+    """The model's state without adapters: what they add is added to the weights that they stand beside."""
+    from peft.tuners.lora import LoraLayer
+
+    state = {
+        name.replace(".base_layer.", "."): value
+        for name, value in model.state_dict().items()
+        if ADAPTER_MARK not in name
+    }
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            added = module.get_delta_weight("default")
+            state[f"{path}.weight"] = (state[f"{path}.weight"].float() + added.float()).cpu()
+    return state
 
 
 def end_token_ids(model: Thinker, tokenizer: Any) -> list[int]:

@@ -1,0 +1,40 @@
+"""A model that came by disk: checked as a pull would check it, and published."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from avrt_lib.errors import DataError
+from avrt_lib.hub import folder as folders
+from avrt_lib.hub.prepare import origin_of
+from avrt_lib.hub.pull import Published
+
+
+def import_folder(source: Path, to: str, *, name: str | None = None, revision: str | None = None) -> Published:
+    """Check a model folder, copy it and publish it. Links, as a hub's cache folder holds them, become files.
+
+    Args:
+        source: the folder; it stays as it is.
+        to: ``s3://BUCKET``, or a folder.
+        name: the model's id; by default what the folder's manifest says, or the folder's name.
+        revision: its commit; by default what the folder's manifest says.
+
+    Raises:
+        DataError: a pickle, a missing or damaged file, or one that differs from the manifest or ``SHA256SUMS``.
+        ConfigError: code of the model is missing or lies in another repository.
+    """
+    if not source.is_dir():
+        raise DataError(f"There is no folder {source}.")
+    folders.check(source)
+    compared = folders.verify_sums(source)
+    code = folders.code_of(source)
+    known_name, known_revision = origin_of(source)
+    name, revision = name or known_name or source.name, revision or known_revision
+    staged = folders.staging(to, name)
+    shutil.rmtree(staged)
+    shutil.copytree(source, staged, ignore=shutil.ignore_patterns(".cache", ".git", folders.SUMS))
+    made_by = {"by": "avrt models import", "model": name, "revision": revision, "compared": compared, "code": code}
+    address = folders.publish(staged, name, to, made_by)
+    shutil.rmtree(staged, ignore_errors=True)
+    return Published(name, revision, address)
