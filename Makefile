@@ -43,6 +43,17 @@ docs: setup ## bring the generated part of docs/fidelity.md up to date
 bench: setup ## measure the parts that bound a run
 	@for script in benchmarks/*.py; do [ -e "$$script" ] || { echo "No benchmark in benchmarks/."; break; }; $(BIN)/python "$$script" $(ARGS) || exit $$?; done
 
+.PHONY: images push pin-images
+# Options: make images VARIANT=cuda BASE=debian:12 BUILD_BASE=… TORCH_INDEX=URL SOURCE=URL
+images: setup ## build the container images (docs/images.md); VARIANT=cpu or cuda
+	@$(BIN)/python -m scripts.images build $(foreach name,VARIANT BASE BUILD_BASE TORCH_INDEX SOURCE,$(if $($(name)),--$(shell echo $(name) | tr 'A-Z_' 'a-z-') "$($(name))"))
+
+push: setup ## push them: make push REGISTRY=registry.example.com/team
+	@$(BIN)/python -m scripts.images push --registry "$(or $(REGISTRY),$(error make push needs REGISTRY=registry.example.com/team))"
+
+pin-images: setup ## write the digests of images.yaml, as its registries serve them now
+	@$(BIN)/python -m scripts.registry
+
 clean: ## delete .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,55 +1,98 @@
 #!/usr/bin/env python3
-"""Print the part of a lock that one image needs: its extra, with everything that it brings along.
+"""Write the lock of each image and variant: the part of requirements/cpu.lock or cuda.lock that the image needs.
 
-    python scripts/image_requirements.py train --build cuda > requirements.txt
+    python scripts/image_requirements.py
 
-Resolves the extra against the lock as constraints, so that an image never has another version than the environment that
-was tested. Needs uv (make setup).
+An image gets its extra of pyproject.toml, kfp (every image runs KFP's executor), and its engine where it is ``vllm``.
+They are resolved against the whole lock as constraints, so that an image never has another version than the environment
+that was tested. tools.lock is what the images are built with. The first line of each holds a hash of what it was made
+from, so ``stale()`` tells without an index which are old. Run it after ``make lock``. Needs uv (make setup).
 """
 
 from __future__ import annotations
 
-import argparse
+import hashlib
+import json
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILDS = ("cpu", "cuda")
+VARIANTS = ("cpu", "cuda")
 IMAGES = ("pipeline", "train", "vllm")
+FOLDER = ROOT / "requirements" / "images"
+TOOLS = FOLDER / "tools.lock"
 
 
-def requirements(image: str, build: str) -> str:
-    """The pinned requirements of an image, one a line.
+def path_of(image: str, variant: str) -> Path:
+    """Where an image's lock stands."""
+    return FOLDER / f"{image}-{variant}.lock"
+
+
+def inputs(lock: Path) -> list[bytes]:
+    """Everything that decides a lock of an image, or the tools' lock."""
+    if lock == TOOLS:
+        return [TOOLS.with_suffix(".in").read_bytes()]
+    image, _, variant = lock.stem.partition("-")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [project["dependencies"], project["optional-dependencies"][image]]
+    names = (f"{variant}.lock", f"{variant}.in", f"{variant}.excludes", "overrides.txt")
+    return [json.dumps(declared).encode(), *((ROOT / "requirements" / name).read_bytes() for name in names)]
+
+
+def header(lock: Path) -> str:
+    """The first line of a lock."""
+    digest = hashlib.sha256(b"".join(inputs(lock))).hexdigest()
+    return f"# python scripts/image_requirements.py, from inputs {digest[:16]}"
+
+
+def stale() -> list[Path]:
+    """The locks whose inputs have changed since they were made."""
+    locks = [path_of(image, variant) for image in IMAGES for variant in VARIANTS]
+    return [
+        lock
+        for lock in (*locks, TOOLS)
+        if not lock.exists() or lock.read_text(encoding="utf-8").partition("\n")[0] != header(lock)
+    ]
+
+
+def resolve(lock: Path) -> str:
+    """The pinned requirements that belong into a lock, one a line.
 
     Raises:
-        subprocess.CalledProcessError: where the extra does not fit the lock (``make lock`` mends it).
+        subprocess.CalledProcessError: where an extra does not fit the whole lock (``make lock`` mends it).
     """
-    folder = ROOT / "requirements"
-    command = [sys.executable, "-m", "uv", "pip", "compile", "pyproject.toml", "--extra", image]
-    if image == "vllm":
-        command.append(f"requirements/{build}.in")
-    command += ["--constraints", str(folder / f"{build}.lock"), "--overrides", str(folder / "overrides.txt")]
-    command += ["--excludes", str(folder / f"{build}.excludes")]
-    command += ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28", "--no-header"]
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--no-header", "--no-annotate", "--quiet"]
+    command += ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
     with tempfile.TemporaryDirectory() as temporary:
         output = Path(temporary) / "image.lock"
-        command += ["--no-annotate", "--quiet", "--output-file", str(output)]
+        command += ["--output-file", str(output)]
+        if lock == TOOLS:
+            command.append(str(TOOLS.with_suffix(".in")))
+        else:
+            image, _, variant = lock.stem.partition("-")
+            beside = Path(temporary) / "beside.in"
+            beside.write_text("kfp\n", encoding="utf-8")
+            command += ["pyproject.toml", "--extra", image, str(beside)]
+            if image == "vllm":
+                command.append(f"requirements/{variant}.in")
+            command += ["--constraints", f"requirements/{variant}.lock", "--overrides", "requirements/overrides.txt"]
+            command += ["--excludes", f"requirements/{variant}.excludes"]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return output.read_text(encoding="utf-8")
 
 
 def main() -> int:
-    """Print the requirements that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("image", choices=IMAGES)
-    parser.add_argument("--build", choices=BUILDS, default="cpu")
-    arguments = parser.parse_args()
-    try:
-        sys.stdout.write(requirements(arguments.image, arguments.build))
-    except subprocess.CalledProcessError as error:
-        return int(error.returncode)
+    """Write the locks that are not up to date."""
+    for lock in stale():
+        print(f"Resolving {lock.relative_to(ROOT)} …", flush=True)
+        try:
+            text = resolve(lock)
+        except subprocess.CalledProcessError as error:
+            return int(error.returncode)
+        lock.write_text(f"{header(lock)}\n{text}", encoding="utf-8")
     return 0
 
 
