@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -28,6 +29,15 @@ Lock = Annotated[
 ]
 Named = Annotated[str | None, typer.Option("--name", help="The model's id, ORG/NAME.", metavar="ID")]
 Revision = Annotated[str | None, typer.Option(help="The commit that the folder is of.", metavar="COMMIT")]
+
+
+def _debug(value: bool) -> bool:
+    if value:
+        os.environ["AVRT_DEBUG"] = "1"
+    return value
+
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_debug, is_eager=True)]
 DEFAULT_LOCK = Path("configs") / MODELS_LOCK
 
 
@@ -41,6 +51,7 @@ def pull(
         Path | None, typer.Option("--config", "-c", help="Pull every hub model of it.", metavar="FILE")
     ] = None,
     lock: Lock = None,
+    debug: Debug = False,
 ) -> None:
     """Fetch a model (or all of a configuration) from the hub, check it, publish it, and write down its commit.
 
@@ -75,6 +86,7 @@ def import_(
     name: Named = None,
     revision: Revision = None,
     lock: Lock = None,
+    debug: Debug = False,
 ) -> None:
     """Check a model folder (manifest, SHA256SUMS, no pickles) and publish it.
 
@@ -96,6 +108,7 @@ def prepare(
     name: Named = None,
     revision: Revision = None,
     lock: Lock = None,
+    debug: Debug = False,
 ) -> None:
     """Turn a model into one that can be used: merge its adapter, convert pickles, check code that it brings.
 
@@ -113,6 +126,7 @@ def licences(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="Only what this configuration uses.", metavar="FILE")
     ] = None,
+    debug: Debug = False,
 ) -> None:
     """Show the licences of the models that this project knows; their cards have the last word.
 

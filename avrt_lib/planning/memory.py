@@ -1,0 +1,97 @@
+"""Memory of one GPU in each step: what must be there, and what remains for the cache of keys and values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from avrt_lib.config import Config, EngineConfig, OptimizerConfig
+from avrt_lib.planning.models import ModelSize
+
+GIB = 2**30
+#: Bytes that Adam keeps for a parameter trained in mixed precision: a float32 copy and two moments.
+_OPTIMIZER_BYTES = 12.0
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """GiB of one GPU (and of the host, for a training step with all its processes); None where a model is unknown."""
+
+    step: str
+    parts: dict[str, float]
+    gpu_gib: float
+    host_gib: float = 0.0
+    note: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Rounded for people."""
+        return {
+            "step": self.step,
+            "gpu_gib": round(self.gpu_gib, 1),
+            "host_gib": round(self.host_gib, 1),
+            "parts": {name: round(value, 1) for name, value in self.parts.items()},
+            "note": self.note,
+        }
+
+
+def of_engine(step: str, engine: EngineConfig, size: ModelSize, gpu_gib: float, workspace_gib: float) -> Memory:
+    """An engine takes its share of the GPU whatever the model; what the weights leave is the cache."""
+    per_gpu = size.parameters * _engine_bytes(engine.dtype, size) / engine.tensor_parallel_size / GIB
+    token = size.layers * size.kv_width * 2 / engine.tensor_parallel_size / GIB
+    least = engine.max_model_len * token
+    cache = gpu_gib * engine.gpu_memory_utilization - per_gpu - workspace_gib
+    requests = int(cache / least) if cache > 0 else 0
+    note = f"cache for {requests} requests of full length" if requests else "no room for one request of full length"
+    parts = {"weights": per_gpu, "workspace": workspace_gib, "cache": max(cache, 0.0)}
+    return Memory(step, parts, per_gpu + workspace_gib + least, note=note)
+
+
+def of_training(
+    step: str,
+    config: Config,
+    section: OptimizerConfig,
+    size: ModelSize,
+    *,
+    tokens: float,
+    reference: bool,
+    processes: int,
+    workspace_gib: float,
+) -> Memory:
+    """Weights, gradients, optimizer and activations of one training process.
+
+    Args:
+        step: ``sft`` or ``grpo``.
+        config: whose student is trained.
+        section: of that step.
+        size: of the student.
+        tokens: of one row, prompt and answer.
+        reference: a second, frozen copy of the weights stands beside the trained one.
+        processes: one for each GPU.
+        workspace_gib: assumed for whatever is not counted.
+    """
+    lora = config.student.lora
+    half = config.student.dtype == "bfloat16" and (section.deepspeed != "none" or lora is not None)
+    weight = 2.0 if half else 4.0
+    trained = size.adapter_parameters(lora.rank) if lora else size.language
+    trained_weight = 4.0 if lora else weight
+    shared = processes if section.deepspeed != "none" else 1
+    optimizer = (_OPTIMIZER_BYTES if section.deepspeed != "none" else 8.0) * trained / shared
+    offload = section.deepspeed == "zero2_offload"
+    rows = section.per_device_batch * tokens
+    layers = 1 if section.gradient_checkpointing else 16  # kept of each layer: its input alone, or all that is between
+    parts = {
+        "weights": size.parameters * weight,
+        "reference": size.parameters * weight if reference else 0.0,
+        "gradients": trained * trained_weight / shared,
+        "optimizer": 0.0 if offload else optimizer,
+        "activations": rows * size.hidden * size.layers * weight * layers,
+    }
+    in_gib = {name: value / GIB for name, value in parts.items() if value} | {"workspace": workspace_gib}
+    loading = 4.0 if lora is None or config.student.dtype == "float32" else 2.0
+    copies = 2 if reference else 1
+    host = max(_OPTIMIZER_BYTES * trained if offload else 0.0, copies * loading * size.parameters * processes) / GIB
+    return Memory(step, in_gib, sum(in_gib.values()), host)
+
+
+def _engine_bytes(dtype: str, size: ModelSize) -> float:
+    return 4.0 if dtype == "float32" else size.weight_bytes
