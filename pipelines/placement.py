@@ -6,6 +6,8 @@ What the backend was seen to do shaped this:
   (``backoff_max_duration``), and only a whole ``backoff_factor`` is understood.
 - Timeouts count from the pod's start; a pod that waits for a node waits for ever, which ``avrt submit`` watches.
 - None of these settings is part of the cache's key.
+- A pod that names a missing secret or config map is not started, and says so nowhere in the backend's API. The first
+  step, which looks for them, and the last one, which tells how the run ended, start without.
 - The driver pods that Kubeflow Pipelines puts before each task take none of it.
 """
 
@@ -13,12 +15,15 @@ from typing import Any
 
 from kfp import kubernetes
 
+from avrt_lib.cluster.checks import PROFILE, secret_variables
 from avrt_lib.cluster.profile import Pool, Profile
 
 #: Labels that the backend puts on every pod of a run.
 RUN_LABEL = "pipeline/runid"
 STEP_LABEL = "avrt.dev/step"
 CA_FOLDER = "/etc/avrt-store-ca"
+#: Steps that start without the secrets and config maps of the profile, and say what is missing.
+LENIENT = ("preflight", "run_summary")
 
 
 def place(task: Any, step: str, profile: Profile, data_hash: str) -> None:
@@ -33,8 +38,11 @@ def place(task: Any, step: str, profile: Profile, data_hash: str) -> None:
     pool = profile.pool(step)
     _nodes(task, pool)
     _resources(task, pool)
-    _lifetime(task, pool)
-    _environment(task, profile, data_hash)
+    # What preflight finds does not go away by itself.
+    _lifetime(task, pool, retries=0 if step == "preflight" else pool.retries)
+    _environment(task, profile, data_hash, lenient=step in LENIENT)
+    if step == "preflight":
+        task.set_env_variable(PROFILE, profile.model_dump_json(exclude_defaults=True))
     _pod(task, step, profile)
 
 
@@ -64,16 +72,16 @@ def _resources(task: Any, pool: Pool) -> None:
         kubernetes.empty_dir_mount(task, "scratch", "/tmp", size_limit=pool.scratch)
 
 
-def _lifetime(task: Any, pool: Pool) -> None:
+def _lifetime(task: Any, pool: Pool, retries: int) -> None:
     if pool.timeout_s:
         kubernetes.set_timeout(task, pool.timeout_s)
-    if pool.retries:
-        attempts = pool.retries + 1
-        longest = attempts * ((pool.timeout_s or 86_400) + pool.retry_wait_s * 2**pool.retries)
-        task.set_retry(pool.retries, f"{pool.retry_wait_s}s", 2, f"{longest}s")
+    if retries:
+        attempts = retries + 1
+        longest = attempts * ((pool.timeout_s or 86_400) + pool.retry_wait_s * 2**retries)
+        task.set_retry(retries, f"{pool.retry_wait_s}s", 2, f"{longest}s")
 
 
-def _environment(task: Any, profile: Profile, data_hash: str) -> None:
+def _environment(task: Any, profile: Profile, data_hash: str, *, lenient: bool) -> None:
     store = profile.store
     values = {
         "AVRT_S3_ENDPOINT": store.endpoint,
@@ -84,21 +92,14 @@ def _environment(task: Any, profile: Profile, data_hash: str) -> None:
         **profile.environment,
     }
     kubernetes.use_field_path_as_env(task, "AVRT_RUN_ID", f"metadata.labels['{RUN_LABEL}']")
-    kubernetes.use_secret_as_env(
-        task, store.secret, {"access_key": "AVRT_S3_ACCESS_KEY", "secret_key": "AVRT_S3_SECRET_KEY"}
-    )
+    for secret, keys in secret_variables(profile).items():
+        optional = lenient or secret == profile.api_key_secret
+        kubernetes.use_secret_as_env(task, secret, dict(keys), optional=optional)
     if store.ca_config_map:
-        kubernetes.use_config_map_as_volume(task, store.ca_config_map, CA_FOLDER)
+        kubernetes.use_config_map_as_volume(task, store.ca_config_map, CA_FOLDER, optional=lenient)
         values["AVRT_S3_CA_FILE"] = f"{CA_FOLDER}/ca.crt"
     if profile.tracking:
         values["MLFLOW_TRACKING_URI"] = profile.tracking.uri
-        if profile.tracking.secret:
-            names = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
-            kubernetes.use_secret_as_env(task, profile.tracking.secret, names)
-    if profile.api_key_secret:
-        kubernetes.use_secret_as_env(task, profile.api_key_secret, {"api_key": "AVRT_API_KEY"}, optional=True)
-    for secret, keys in profile.secret_env.items():
-        kubernetes.use_secret_as_env(task, secret, dict(keys))
     for name, value in sorted(values.items()):
         task.set_env_variable(name, value)
 
@@ -113,7 +114,7 @@ def _pod(task: Any, step: str, profile: Profile) -> None:
         kubernetes.add_pod_label(task, key, value)
     for key, value in profile.annotations.items():
         kubernetes.add_pod_annotation(task, key, value)
-    for volume in profile.volumes:
+    for volume in profile.volumes if step != "run_summary" else ():  # a claim that is gone must not silence it
         kubernetes.mount_pvc(task, volume.claim, volume.mount_path, volume.sub_path)
     if profile.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(profile.image_pull_secrets))

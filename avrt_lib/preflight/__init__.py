@@ -1,23 +1,28 @@
-"""The first step: can this run succeed here? Shares its checks with ``avrt doctor``."""
+"""The first step: can this run succeed here? Shares its checks with ``avrt doctor`` and ``avrt submit``."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
 
 from avrt_lib.config import Config
-from avrt_lib.errors import EnvironmentProblem
-from avrt_lib.preflight.checks import FAILED, OK, for_run
+from avrt_lib.errors import AvrtError, EnvironmentProblem
+from avrt_lib.preflight.checks import FAILED, OK, UNKNOWN, WARNING, Check, for_run
 from avrt_lib.tables import write_json
 from avrt_lib.workspace import Workspace
 
 log = logging.getLogger("avrt.preflight")
 
+_LEVELS = {OK: logging.INFO, UNKNOWN: logging.INFO, WARNING: logging.WARNING, FAILED: logging.ERROR}
+
 
 def run(config: Config, *, workspace: Workspace, checks: Path) -> dict[str, Any]:
     """Check what the run needs and write every result.
+
+    In a pod the cluster's profile is in the environment, and what it asks for is looked for on the cluster too.
 
     Args:
         config: the run's configuration.
@@ -31,18 +36,30 @@ def run(config: Config, *, workspace: Workspace, checks: Path) -> dict[str, Any]
         EnvironmentProblem: where a check failed; the message says what to do.
         DataError: where a source is missing or damaged.
     """
-    results = for_run(config, workspace.root)
-    for result in results:
-        log.log(logging.INFO if result.status == OK else logging.WARNING, "%s", result.line())
+    from avrt_lib.cluster.checks import cluster_checks, profile_of_pod
+
+    profile = profile_of_pod()
+    on_cluster = cluster_checks(config, profile) if profile else []
+    results: list[Check] = []
+    problem: AvrtError | None = None
+    try:
+        for result in itertools.chain(on_cluster, for_run(config, workspace.root, profile)):
+            log.log(_LEVELS[result.status], "%s", result.line())
+            results.append(result)
+    except AvrtError as error:
+        problem = error
     checks.mkdir(parents=True, exist_ok=True)
     write_json(checks / "checks.json", [dataclasses.asdict(result) for result in results])
     facts = {
         "passed": sum(result.status == OK for result in results),
-        "warnings": [result.line() for result in results if result.status not in (OK, FAILED)],
+        "warnings": [result.line() for result in results if result.status == WARNING],
         "failed": [result.line() for result in results if result.status == FAILED],
+        "not_checked": [result.line() for result in results if result.status == UNKNOWN],
     }
     if facts["failed"]:
-        error = EnvironmentProblem(" ".join(line.rstrip(".") + "." for line in facts["failed"]))  # type: ignore[attr-defined]
-        error.facts = facts  # type: ignore[attr-defined]
-        raise error
+        lines = [*facts["failed"], *([str(problem)] if problem else [])]  # type: ignore[misc]
+        problem = EnvironmentProblem(" ".join(line.rstrip(".") + "." for line in lines))
+    if problem is not None:
+        problem.facts = facts  # type: ignore[attr-defined]
+        raise problem
     return facts

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
@@ -20,19 +22,27 @@ from packaging.specifiers import SpecifierSet
 from avrt_lib.config import Config, EngineConfig
 from avrt_lib.errors import AvrtError
 
-OK, WARNING, FAILED = "ok", "warning", "failed"
+if TYPE_CHECKING:
+    from avrt_lib.cluster.profile import Profile
+
+OK, WARNING, FAILED, UNKNOWN = "ok", "warning", "failed", "not checked"
 GIB = 1024**3
 
 # Measured with configs/miniature.yaml: one run writes under 1 GiB, and its largest step holds under 4 GiB.
 DISK_NEEDED_GIB, DISK_WANTED_GIB = 1.0, 4.0
 MEMORY_NEEDED_GIB, MEMORY_WANTED_GIB = 4.0, 7.0
 VLLM_SERIES = "0.32."
+#: How long one endpoint or server may take to answer.
+ANSWER_S = 5.0
 EXTRAS = ("pipeline", "train", "vllm")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One result; ``status`` is ``ok``, ``warning`` or ``failed``, and ``mend`` says what to do where it is not ok."""
+    """One result, and what to do where it is not ok.
+
+    ``status`` is ``ok``, ``warning``, ``failed`` (the run is impossible so) or ``not checked`` (``found`` says why).
+    """
 
     name: str
     status: str
@@ -55,23 +65,39 @@ def for_machine(folder: Path, *, port: int = 8000) -> list[Check]:
     return checks + [packages(extra) for extra in EXTRAS] + [vllm()]
 
 
-def for_run(config: Config, folder: Path) -> list[Check]:
+def for_run(config: Config, folder: Path, profile: Profile | None = None) -> Iterator[Check]:
     """What this run needs of the place where it starts: the machine of a local run, or the first pod of another.
+
+    Args:
+        config: the run's configuration.
+        folder: where the step works.
+        profile: of the cluster whose pod this is; what its API server knows is checked apart.
+
+    Yields:
+        One check after another; the sources come last.
 
     Raises:
         DataError: where a source is missing or damaged.
         ConfigError: where a source has an unknown format.
     """
+    from avrt_lib.licences import licence_checks
+
     local = "AVRT_RUN" in os.environ
-    checks = [python(), disk(folder), memory(), packages("pipeline"), *sources(config), *endpoints(config)]
-    checks += models(config, local=local)
+    yield python()
+    yield packages("pipeline")
+    yield from models(config, local=local, profile=profile)
+    yield from licence_checks(config)
+    if profile is None:
+        yield from endpoints(config)
     if local:
-        checks += [packages("train"), packages("vllm"), vllm(), gpu()]
+        yield from (disk(folder), memory(), packages("train"), packages("vllm"), vllm(), gpu())
         if config.store.kind == "s3":
-            checks.append(object_server())
+            yield object_server()
         if {config.sft.deepspeed, config.grpo.deepspeed} != {"none"}:
-            checks.append(compiler(required=True))
-    return checks
+            yield compiler(required=True)
+    else:
+        yield pod_disk(folder)
+    yield from sources(config)
 
 
 def python() -> Check:
@@ -93,6 +119,16 @@ def disk(folder: Path) -> Check:
         )
     if free < DISK_WANTED_GIB:
         return Check("Disk", WARNING, found, f"{DISK_WANTED_GIB:g} GiB are better")
+    return Check("Disk", OK, found)
+
+
+def pod_disk(folder: Path) -> Check:
+    """Free space of a step's pod, which holds its inputs and outputs for a while."""
+    free = shutil.disk_usage(folder if folder.exists() else "/tmp").free / GIB
+    found = f"{free:.1f} GiB free at {folder}"
+    if free < DISK_NEEDED_GIB:
+        mend = f"even the smallest run needs {DISK_NEEDED_GIB:g} GiB: raise scratch of the pools, or free some"
+        return Check("Disk", FAILED, found, mend)
     return Check("Disk", OK, found)
 
 
@@ -194,60 +230,98 @@ def sources(config: Config) -> list[Check]:
     return [Check("Sources", OK, f"{listed} ({digest[:12]})")]
 
 
-def models(config: Config, *, local: bool) -> list[Check]:
+def models(config: Config, *, local: bool, profile: Profile | None = None) -> list[Check]:
     """Whether the configured models can be found.
 
-    A folder that is not here fails a local run; elsewhere the pod that needs it may mount it.
+    A folder that is not here fails a local run, and one on a cluster where it should be on a claim that this pod has
+    mounted too; elsewhere it may be part of an image.
     """
+    from avrt_lib.config import HUB
+    from avrt_lib.licences import loaded_models
     from avrt_lib.models import BUILTIN, resolve
 
+    mounts = tuple(f"{volume.mount_path.rstrip('/')}/" for volume in profile.volumes) if profile else ()
     checks = []
-    references = {f"{name}.engine": engine.model for name, engine in _engines(config) if engine.kind == "vllm"}
-    for key, reference in (references | {"student": config.student.model}).items():
+    for key, part in loaded_models(config).items():
+        reference = part.model
         if "://" in reference:
             checks.append(Check(f"Model {key}", OK, f"{reference} (read by the step)"))
             continue
         try:
             resolve(reference)
         except AvrtError as error:
-            fatal = local or reference.startswith(BUILTIN)
+            fatal = local or reference.startswith((BUILTIN, HUB, *mounts))
             checks.append(Check(f"Model {key}", FAILED if fatal else WARNING, str(error).rstrip(".")))
         else:
             checks.append(Check(f"Model {key}", OK, reference))
     return checks
 
 
-def endpoints(config: Config) -> list[Check]:
-    """Whether each configured endpoint answers at all, and whether its key is in the environment."""
-    checks = []
-    for name, engine in _engines(config):
-        if engine.kind != "endpoint" or engine.base_url is None:
-            continue
-        label = f"Endpoint {name}"
-        if engine.api_key_env and engine.api_key_env not in os.environ:
-            mend = f"set {engine.api_key_env}, which {name}.engine.api_key_env names"
-            checks.append(Check(label, FAILED, "its key is not in the environment", mend))
-        else:
-            checks.append(_reach(label, engine.base_url))
-    return checks
+def endpoints(config: Config, *, inside: bool = True) -> list[Check]:
+    """Whether each configured endpoint answers, takes the key, and serves the model.
+
+    Args:
+        config: the run's configuration.
+        inside: whether this is where the run's steps are; elsewhere a cluster's own addresses and the steps' keys are
+            not to be had.
+    """
+    wanted = [(name, engine) for name, engine in engines(config) if engine.kind == "endpoint"]
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return list(pool.map(lambda each: _endpoint(*each, inside=inside), wanted))
 
 
-def _reach(label: str, url: str) -> Check:
-    import socket
+def _endpoint(name: str, engine: EngineConfig, *, inside: bool) -> Check:
+    label, url = f"Endpoint {name}", str(engine.base_url).rstrip("/")
+    key = os.environ.get(engine.api_key_env, "") if engine.api_key_env else ""
+    if engine.api_key_env and not key:
+        if not inside:
+            return Check(label, UNKNOWN, f"{engine.api_key_env} is not set here; the run's first step asks it")
+        mend = f"set {engine.api_key_env}, which {name}.api_key_env names"
+        return Check(label, FAILED, "its key is not in the environment", mend)
+    if not inside and in_cluster(urlsplit(url).hostname or ""):
+        return Check(label, UNKNOWN, f"{url} is an address inside of the cluster; the run's first step asks it")
+    import httpx
 
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
-        socket.create_connection((parts.hostname or "", port), timeout=5).close()
-    except OSError as error:
-        return Check(label, FAILED, f"{url} cannot be reached ({error})", "start it, or correct base_url")
-    return Check(label, OK, url)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        answer = httpx.get(f"{url}/models", headers=headers, timeout=ANSWER_S, follow_redirects=True)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return Check(label, FAILED, f"{url} cannot be reached ({_line(error)})", "start it, or correct base_url")
+    if answer.status_code in (401, 403):
+        mend = f"correct the key in {engine.api_key_env}" if key else f"name its key in {name}.api_key_env"
+        return Check(label, FAILED, f"{url} refuses the key ({answer.status_code})", mend)
+    try:
+        answer.raise_for_status()
+        served = [str(model["id"]) for model in answer.json()["data"]]
+    except (httpx.HTTPStatusError, ValueError, KeyError, TypeError):
+        found = f"{url} answers, but does not list its models ({answer.status_code})"
+        return Check(label, WARNING, found, "is this the address of an OpenAI interface, ending in /v1?")
+    if engine.model not in served:
+        found = f"{url} serves {', '.join(served[:5]) or 'no model'}, not {engine.model}"
+        return Check(label, FAILED, found, f"set {name}.model to a model that is served, or serve this one")
+    return Check(label, OK, f"{url} serves {engine.model}")
 
 
-def _engines(config: Config) -> Iterator[tuple[str, EngineConfig]]:
-    yield "teachers.vision", config.teachers.vision.engine
-    yield "teachers.audio", config.teachers.audio.engine
-    yield "merger", config.merger.engine
+def in_cluster(host: str) -> bool:
+    """Whether a host name means something inside of a cluster alone.
+
+    >>> in_cluster("teacher.models.svc"), in_cluster("store.avrt.svc.cluster.local"), in_cluster("s3.example.com")
+    (True, True, False)
+    """
+    return host.endswith((".svc", ".cluster.local")) or ("." not in host and host != "localhost")
+
+
+def engines(config: Config) -> Iterator[tuple[str, EngineConfig]]:
+    """Every engine that a configuration names, by its key."""
+    yield "teachers.vision.engine", config.teachers.vision.engine
+    yield "teachers.audio.engine", config.teachers.audio.engine
+    yield "merger.engine", config.merger.engine
+    if config.evaluation.endpoint is not None:
+        yield "evaluation.endpoint", config.evaluation.endpoint
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _version(name: str) -> str | None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import http.server
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 
 from avrt_lib import preflight
-from avrt_lib.config import load
+from avrt_lib.cluster.profile import Profile, load_profile
+from avrt_lib.config import Config, load
 from avrt_lib.errors import DataError, EnvironmentProblem
 from avrt_lib.preflight import checks
 from avrt_lib.tables import read_json
 from avrt_lib.workspace import Workspace
 
-MINIATURE = Path(__file__).parents[2] / "configs" / "miniature.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
+MINIATURE = CONFIGS / "miniature.yaml"
+PROFILES = CONFIGS / "clusters"
 GIB = 1024**3
 
 
@@ -78,11 +85,59 @@ def test_models(model: str, local: bool, status: str) -> None:
     assert next(check for check in found if check.name == "Model student").status == status
 
 
+class _Endpoint(http.server.BaseHTTPRequestHandler):
+    """Lists one model, for whoever has the key."""
+
+    def do_GET(self) -> None:
+        allowed = self.headers["Authorization"] == "Bearer p4ss"
+        body = b'{"data": [{"id": "teacher-7b"}]}' if self.path == "/v1/models" else b"hello"
+        self.send_response(200 if allowed else 401)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Endpoint) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "key", "status", "said"),
+    [
+        ("teacher-7b", "", "p4ss", "ok", "serves teacher-7b"),
+        ("other", "", "p4ss", "failed", "serves teacher-7b, not other"),
+        ("teacher-7b", "", "s3cr3t", "failed", "refuses the key"),
+        ("teacher-7b", "/wrong", "p4ss", "warning", "does not list its models"),
+    ],
+)
+def test_an_endpoint_is_asked_for_its_models(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, model: str, path: str, key: str, status: str, said: str
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", key)
+    engine = {"kind": "endpoint", "model": model, "base_url": endpoint + path, "api_key_env": "TEACHER_KEY"}
+    (check,) = checks.endpoints(load(MINIATURE, {"evaluation.endpoint": engine}))
+    assert (check.name, check.status) == ("Endpoint evaluation.endpoint", status)
+    assert said in check.found
+    assert key not in check.line()
+
+
 def test_an_endpoint_that_nobody_listens_at_fails() -> None:
     engine = {"kind": "endpoint", "model": "m", "base_url": "http://127.0.0.1:1/v1"}
     (check,) = checks.endpoints(load(MINIATURE, {"merger.engine": engine}))
     assert check.status == "failed"
     assert "cannot be reached" in check.found
+
+
+def test_from_elsewhere_a_clusters_own_addresses_are_not_asked() -> None:
+    engine = {"kind": "endpoint", "model": "m", "base_url": "http://teacher.models.svc/v1"}
+    (check,) = checks.endpoints(load(MINIATURE, {"merger.engine": engine}), inside=False)
+    assert check.status == "not checked"
 
 
 def test_an_endpoint_without_its_key_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,11 +152,20 @@ def _workspace(tmp_path: Path) -> Workspace:
 
 
 def test_the_step_writes_every_check(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    passed = [checks.Check("A", checks.OK, "fine"), checks.Check("B", checks.WARNING, "little", "get more")]
+    passed = [
+        checks.Check("A", checks.OK, "fine"),
+        checks.Check("B", checks.WARNING, "little", "get more"),
+        checks.Check("C", checks.UNKNOWN, "may not be read from here"),
+    ]
     monkeypatch.setattr(preflight, "for_run", lambda *_: passed)
     facts = preflight.run(load(MINIATURE), workspace=_workspace(tmp_path), checks=tmp_path / "checks")
-    assert facts == {"passed": 1, "warnings": ["B: little; get more"], "failed": []}
-    assert [each["name"] for each in read_json(tmp_path / "checks" / "checks.json")] == ["A", "B"]
+    assert facts == {
+        "passed": 1,
+        "warnings": ["B: little; get more"],
+        "failed": [],
+        "not_checked": ["C: may not be read from here"],
+    }
+    assert [each["name"] for each in read_json(tmp_path / "checks" / "checks.json")] == ["A", "B", "C"]
 
 
 def test_a_failed_check_ends_the_run_with_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -111,8 +175,56 @@ def test_a_failed_check_ends_the_run_with_what_to_do(monkeypatch: pytest.MonkeyP
         preflight.run(load(MINIATURE), workspace=_workspace(tmp_path), checks=tmp_path / "checks")
 
 
-def test_a_missing_source_ends_the_run() -> None:
+def _without_source() -> Config:
     source = {"format": "daily-omni", "path": "/nonexistent"}
-    config = load(MINIATURE, {"data.all": source, "data.train": None, "data.validation": None, "data.test": None})
+    return load(MINIATURE, {"data.all": source, "data.train": None, "data.validation": None, "data.test": None})
+
+
+@pytest.fixture
+def in_pod(monkeypatch: pytest.MonkeyPatch) -> Profile:
+    """The environment of a first step's pod, without a cluster to ask and without the store's secret."""
+    profile = load_profile(PROFILES / "test.yaml")
+    monkeypatch.setenv("AVRT_CLUSTER_PROFILE", profile.model_dump_json(exclude_defaults=True))
+    monkeypatch.setenv("KUBECONFIG", "/nonexistent")
+    monkeypatch.delenv("AVRT_S3_ENDPOINT", raising=False)
+    return profile
+
+
+def test_all_findings_of_a_pod_are_in_the_failure(in_pod: Profile, tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentProblem) as raised:
+        preflight.run(_without_source(), workspace=_workspace(tmp_path), checks=tmp_path / "checks")
+    assert "there is no access to a cluster" in str(raised.value)
+    assert "make the secret avrt-store" in str(raised.value)
+    assert "/nonexistent" in str(raised.value).rpartition("avrt-store")[2], "the missing source is named too"
+
+
+def test_a_pods_checks_are_not_those_of_a_machine(in_pod: Profile, tmp_path: Path) -> None:
+    names = {check.name for check in checks.for_run(load(MINIATURE), tmp_path, in_pod)}
+    assert "Disk" in names
+    assert not names & {"Memory", "GPU", "vLLM", "Object store", "Packages (train)"}
+
+
+def test_a_machines_checks_are_all_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("AVRT_RUN", str(tmp_path))
+    names = {check.name for check in checks.for_run(load(MINIATURE), tmp_path)}
+    assert names >= {"Memory", "GPU", "vLLM", "Object store", "Packages (train)", "Disk"}
+
+
+@pytest.mark.parametrize(("free", "status"), [(0.5, "failed"), (2.0, "ok")])
+def test_disk_of_a_pod(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, status: str) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=int(free * GIB)))
+    check = checks.pod_disk(tmp_path)
+    assert check.status == status
+    assert "runs-dir" not in check.mend
+
+
+def test_a_folder_that_a_claim_should_hold_fails_and_one_of_an_image_warns() -> None:
+    profile = load_profile(PROFILES / "onprem-h100.yaml")
+    for model, status in (("/models/student", "failed"), ("/opt/student", "warning")):
+        found = checks.models(load(MINIATURE, {"student.model": model}), local=False, profile=profile)
+        assert next(check for check in found if check.name == "Model student").status == status
+
+
+def test_a_missing_source_ends_the_run() -> None:
     with pytest.raises(DataError, match="/nonexistent"):
-        checks.sources(config)
+        checks.sources(_without_source())

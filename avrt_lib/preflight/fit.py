@@ -1,0 +1,132 @@
+"""Whether a configuration and a cluster profile fit together, which needs no cluster to be known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from avrt_lib.cluster.profile import Profile, Role
+from avrt_lib.config import Config
+from avrt_lib.errors import ConfigError
+from avrt_lib.preflight.checks import FAILED, OK, WARNING, Check, engines
+
+#: Whose pods load the model of an engine.
+ENGINE_ROLES: dict[str, Role] = {
+    "teachers.vision.engine": "teacher",
+    "teachers.audio.engine": "teacher",
+    "merger.engine": "merger",
+}
+_LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+#: Names of Services, which KServe makes of the model's name, start with a letter.
+_SERVICE = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
+
+
+def fit(config: Config, profile: Profile, variables: set[str]) -> Iterator[Check]:
+    """Check a configuration against a profile.
+
+    Args:
+        config: the run's configuration.
+        profile: the cluster's.
+        variables: the environment variables that a step's pod gets.
+    """
+    yield _names(config, profile)
+    yield _targets(config)
+    yield from _gpus(config, profile)
+    yield from _keys(config, variables)
+    yield from _paths(config, profile)
+
+
+def _names(config: Config, profile: Profile) -> Check:
+    from avrt_lib.promotion.manifest import check_names
+
+    wrong = []
+    if config.deployment.target != "local":
+        try:
+            check_names(config)
+        except ConfigError as error:
+            wrong.append(str(error).rstrip("."))
+        if not _SERVICE.fullmatch(config.promotion.model_name):
+            wrong.append(f"promotion.model_name {config.promotion.model_name} must start with a letter")
+    namespaces = {
+        "pipelines.namespace": profile.pipelines.namespace,
+        "deployment.namespace": config.deployment.namespace,
+    }
+    wrong += [
+        f"{key} {value} is no DNS label of at most 63 characters"
+        for key, value in namespaces.items()
+        if not _NAMESPACE.fullmatch(value)
+    ]
+    labels = {f"labels.{key}": value for key, value in profile.labels.items()}
+    for role, pool in profile.pools.items():
+        labels |= {f"pools.{role}.node_selector.{key}": value for key, value in pool.node_selector.items()}
+    if profile.kueue:
+        labels |= {"kueue.queue": profile.kueue.queue, "kueue.priority_class": profile.kueue.priority_class or ""}
+    wrong += [
+        f"{key} {value!r} is no label's value: at most 63 letters, digits and -_."
+        for key, value in labels.items()
+        if not _LABEL.fullmatch(value)
+    ]
+    if wrong:
+        return Check("Names", FAILED, "; ".join(wrong), "shorten or correct them")
+    return Check("Names", OK, f"{config.promotion.model_name} in {config.deployment.namespace}")
+
+
+def _targets(config: Config) -> Check:
+    if config.store.kind == "local":
+        return Check(
+            "Targets", FAILED, "store.kind=local keeps the models in a pod that goes away", "set store.kind=s3"
+        )
+    if config.deployment.target == "local":
+        mend = "set deployment.target to kserve or git, unless the pipeline is data or evaluate"
+        return Check("Targets", WARNING, "deployment.target=local cannot serve from a step's pod", mend)
+    return Check("Targets", OK, f"store {config.store.kind}, deployment {config.deployment.target}")
+
+
+def _gpus(config: Config, profile: Profile) -> Iterator[Check]:
+    """CUDA builds of vLLM start on GPUs alone, and on as many as they are told."""
+    if profile.build != "cuda":
+        return
+    needed: dict[str, tuple[Role, int]] = {
+        name: (ENGINE_ROLES[name], engine.tensor_parallel_size)
+        for name, engine in engines(config)
+        if engine.kind == "vllm"
+    }
+    if config.evaluation.endpoint is None:
+        needed["evaluation"] = ("evaluation", 1)
+    for name, (role, gpus) in needed.items():
+        offered = profile.pools[role].gpus
+        if gpus > offered:
+            yield Check(
+                f"GPUs {name}",
+                FAILED,
+                f"it runs on {gpus}, but a pod of pools.{role} gets {offered}",
+                f"set pools.{role}.gpus to {gpus}" + (f", or {name}.tensor_parallel_size lower" if gpus > 1 else ""),
+            )
+
+
+def _keys(config: Config, variables: set[str]) -> Iterator[Check]:
+    for name, engine in engines(config):
+        if engine.kind == "endpoint" and engine.api_key_env and engine.api_key_env not in variables:
+            yield Check(
+                f"Key {name}",
+                FAILED,
+                f"no pod gets {engine.api_key_env}",
+                f"name a secret with it in the profile: secret_env: {{SECRET: {{KEY: {engine.api_key_env}}}}}",
+            )
+
+
+def _paths(config: Config, profile: Profile) -> Iterator[Check]:
+    """Folders that a step reads must be on a volume; they may also be part of an image of one's own."""
+    from avrt_lib.licences import loaded_models
+    from avrt_lib.runs import sources
+
+    paths = {f"data.{name}.path": source.path for name, source in sources(config).items() if source.path}
+    paths |= {f"{key}.model": part.model for key, part in loaded_models(config).items() if ":" not in part.model}
+    mounts = [volume.mount_path.rstrip("/") for volume in profile.volumes]
+    for key, path in paths.items():
+        if not any(path == mount or path.startswith(f"{mount}/") for mount in mounts):
+            mend = "put it on a claim and name that in the profile's volumes" + (
+                ", or publish the model with `avrt models`" if key.endswith(".model") else ""
+            )
+            yield Check(f"Path {key}", WARNING, f"{path} is on none of the profile's volumes", mend)
