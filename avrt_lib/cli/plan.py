@@ -14,8 +14,8 @@ from rich.table import Table
 
 from avrt_lib import planning
 from avrt_lib.cli.console import out
-from avrt_lib.cli.options import find_config, resolve
 from avrt_lib.cli.models import Debug
+from avrt_lib.cli.options import find_config, resolve
 from avrt_lib.cluster.profile import find_profile, load_profile
 from avrt_lib.config import parse_set
 from avrt_lib.errors import UsageError

@@ -7,11 +7,11 @@ for GPUs are assumptions until somebody measures them; the miniature's were meas
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from avrt_lib.cluster.profile import Profile
+from avrt_lib.cluster.profile import Profile, amount
 from avrt_lib.config import HUB, Config, EngineConfig, GrpoConfig, SftConfig, SourceConfig
 from avrt_lib.models import BUILTIN
 from avrt_lib.planning import graph, memory
@@ -161,6 +161,8 @@ class _Planner:
             if item.gpu_gib > self.gpu_gib:
                 self.warnings.append(f"{item.step} needs {item.gpu_gib:.0f} GiB of a GPU that has {self.gpu_gib:g}.")
         self._check_batches()
+        disk = self._disk()
+        self._check_training_pool(memories, disk)
         return Plan(
             name=self.config.name,
             cluster=self.profile.name if self.profile else None,
@@ -171,7 +173,7 @@ class _Planner:
             wall_s=needed.wall_s,
             gpus_at_once=self._gpus_at_once(needs),
             memories=memories,
-            disk_gb=self._disk(),
+            disk_gb=disk,
             gpu_memory_gib=self.gpu_gib if self.on_gpu else None,
             price=self.price,
             assumptions=self.figures,
@@ -347,6 +349,22 @@ class _Planner:
             gpus, wanted = self.profile.pool(step).gpus, engine.tensor_parallel_size
             if engine.kind == "vllm" and wanted > gpus:
                 self.warnings.append(f"{step} spreads over {wanted} GPUs, but pods of its pool get {gpus}.")
+
+    def _check_training_pool(self, memories: Sequence[memory.Memory], disk: Mapping[str, float]) -> None:
+        """Compare a training pod's memory and scratch with what its pool gives it."""
+        if self.profile is None:
+            return
+        pool = self.profile.pools["training"]
+        for item in memories:
+            if pool.memory_limit and item.host_gib * memory.GIB > amount(pool.memory_limit):
+                self.warnings.append(
+                    f"{item.step} needs {item.host_gib:.0f} GiB of its host, but its pool's pods get {pool.memory_limit}."
+                )
+        checkpoints = disk.get("training checkpoints", 0.0) * _GB
+        if pool.scratch and checkpoints > amount(pool.scratch):
+            self.warnings.append(
+                f"Training checkpoints take {checkpoints / _GB:.0f} GB, but the pool's scratch has {pool.scratch}."
+            )
 
     def _gpus_at_once(self, needs: Mapping[str, Need]) -> int:
         """GPUs of the widest moment: both teachers' shards, or a training step."""
