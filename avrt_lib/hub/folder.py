@@ -52,7 +52,7 @@ def check(folder: Path) -> None:
     weights = sorted(folder.glob(f"*{SAFETENSORS}"))
     if not weights:
         raise DataError(f"{folder} has no weights: there is no *.safetensors file in it.")
-    present: dict[str, set[str]] = {path.name: _names(path) for path in weights}
+    present: dict[str, set[str]] = {path.name: tensor_names(path) for path in weights}
     for index in sorted(folder.glob(f"*{INDEX}")):
         for tensor, file in read_json(index)["weight_map"].items():
             if tensor not in present.get(file, set()):
@@ -61,7 +61,12 @@ def check(folder: Path) -> None:
                 )
 
 
-def _names(path: Path) -> set[str]:
+def tensor_names(path: Path) -> set[str]:
+    """Names of the tensors in a safetensors file.
+
+    Raises:
+        DataError: where it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

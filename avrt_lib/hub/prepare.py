@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OTHER_WEIGHTS = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _PREFIX = "base_model.model."
+#: How transformers names parts of Audio Flamingo 3 since its version 5, and how the model's files do.
+_RENAMED = (
+    ("model.language_model.", "language_model.model."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.audio_tower.", "audio_tower."),
+    ("model.multi_modal_projector.", "multi_modal_projector."),
+)
 #: Settings of an adapter whose merging is another formula than the one here, and the value at which they say nothing.
 _UNSUPPORTED: dict[str, Any] = {
     "use_dora": False,
@@ -175,7 +182,8 @@ def merge_adapter(base: Path, adapter: Path, target: Path) -> dict[str, Any]:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    deltas, replaced = read_adapter(adapter)
+    names = {name for file in base.glob(f"*{folders.SAFETENSORS}") for name in folders.tensor_names(file)}
+    deltas, replaced = read_adapter(adapter, names)
     left = set(deltas) | set(replaced)
     for file in sorted(base.glob(f"*{folders.SAFETENSORS}")):
         tensors: dict[str, torch.Tensor] = {}
@@ -224,9 +232,13 @@ def _changed(
 
 
 def read_adapter(
-    adapter: Path,
+    adapter: Path, names: Set[str]
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor, float]], dict[str, torch.Tensor]]:
     """An adapter as changes of its base's tensors.
+
+    Args:
+        adapter: its folder.
+        names: the base's tensors, as its files name them.
 
     Returns:
         By tensor name the two factors of what is added and their scale, and the tensors that replace the base's.
@@ -247,7 +259,7 @@ def read_adapter(
     downs: dict[str, torch.Tensor] = {}
     ups: dict[str, torch.Tensor] = {}
     replaced: dict[str, torch.Tensor] = {}
-    for name, value in _plain_names(load_tensors(weights)):
+    for name, value in _plain_names(load_tensors(weights), names):
         if name.endswith(".lora_A.weight"):
             downs[name.removesuffix(".lora_A.weight") + ".weight"] = value
         elif name.endswith(".lora_B.weight"):
@@ -260,7 +272,7 @@ def read_adapter(
         raise DataError(f"{weights} is not whole: some layers have one factor of two.")
     other = next((adapter / name for name in OTHER_WEIGHTS if (adapter / name).is_file()), None)
     if other is not None:
-        replaced.update(_plain_names(load_tensors(other)))
+        replaced.update(_plain_names(load_tensors(other), names))
     alpha, stabilised = float(config["lora_alpha"]), bool(config.get("use_rslora"))
     deltas = {}
     for name, down in downs.items():
@@ -269,10 +281,16 @@ def read_adapter(
     return deltas, replaced
 
 
-def _plain_names(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _plain_names(tensors: Mapping[str, torch.Tensor], names: Set[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors under the base's names, without what PEFT wraps around them."""
     for name, value in tensors.items():
         plain = name.removeprefix(_PREFIX)
         for wrapped in (".base_layer.", ".modules_to_save.default.", ".modules_to_save.", ".default."):
             plain = plain.replace(wrapped, ".")
+        layer, mark, _ = plain.partition(".lora_")
+        tensor = f"{layer}.weight" if mark else plain
+        for newer, older in _RENAMED:
+            if tensor not in names and tensor.startswith(newer) and older + tensor.removeprefix(newer) in names:
+                plain = older + plain.removeprefix(newer)
+                break
         yield plain, value

@@ -358,7 +358,8 @@ class _Planner:
         for item in memories:
             if pool.memory_limit and item.host_gib * memory.GIB > amount(pool.memory_limit):
                 self.warnings.append(
-                    f"{item.step} needs {item.host_gib:.0f} GiB of its host, but its pool's pods get {pool.memory_limit}."
+                    f"{item.step} needs {item.host_gib:.0f} GiB of its host, but a pod of its pool gets "
+                    f"{pool.memory_limit}."
                 )
         checkpoints = disk.get("training checkpoints", 0.0) * _GB
         if pool.scratch and checkpoints > amount(pool.scratch):
