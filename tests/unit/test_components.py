@@ -65,7 +65,14 @@ def test_the_body_calls_its_step_with_its_inputs_and_outputs(
     }
     artifacts["metrics"] = dsl.Metrics(name="metrics", uri=str(tmp_path / "metrics"))
     given: dict[str, Any] = {"config": "{}", "library_version": "1", "data_hash": "d", "image": "i", "work": "/w"}
-    given |= {"shard": 1, "role": "sft"}
+    given |= {"shard": 1, "role": "sft", "source": "s3://avrt/traces/ab", "components": "preflight,ingest"}
+    given["status"] = dsl.PipelineTaskFinalStatus(
+        state="COMPLETE",
+        pipeline_job_resource_name="avrt-1",
+        pipeline_task_name="exit-handler-1",
+        error_code=None,
+        error_message=None,
+    )
     for key in ("vision_traces", "audio_traces"):
         given[key] = [dsl.Artifact(name=key, uri=str(tmp_path / f"{key}-{shard}")) for shard in (0, 1)]
     arguments = {key: given.get(key, artifacts.get(key)) for key in inspect.signature(function).parameters}
@@ -78,6 +85,10 @@ def test_the_body_calls_its_step_with_its_inputs_and_outputs(
     assert (call["config"], call["work"], call["library_version"]) == ("{}", "/w", "1")
     if name == "promotion":
         assert tuple(returned) == ("s3://avrt/m", "ab")
+    if name == "publish_traces":
+        assert returned == "s3://avrt/m"
+    if name == "run_summary":
+        assert call["params"] == {"status": "COMPLETE", "components": "preflight,ingest"}
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,80 @@ import pytest
 import yaml
 
 from avrt_lib import __version__
+from avrt_lib.cluster.profile import load_profile
 from avrt_lib.config import load
 from avrt_lib.errors import ConfigError
 from avrt_lib.steps import STEPS
-from pipelines.compile import compile_pipeline
+from pipelines.compile import PIPELINES, compile_pipeline
 from pipelines.options import MAX_CONFIG_BYTES, Options, config_parameter
 
 ROOT = Path(__file__).parents[2]
 MINIATURE = ROOT / "configs" / "miniature.yaml"
+
+
+#: The steps of each pipeline; run_summary is the exit handler, which only a cluster has.
+STEPS_OF = {
+    "avrt": set(STEPS) - {"publish_traces", "import_traces", "run_summary"},
+    "data": {
+        "preflight",
+        "ingest",
+        "vision_teacher",
+        "audio_teacher",
+        "merger",
+        "data_validation",
+        "publish_traces",
+    },
+    "train": set(STEPS) - {"vision_teacher", "audio_teacher", "merger", "publish_traces", "run_summary"},
+    "evaluate": {"preflight", "ingest", "evaluation"},
+}
+
+
+def _steps(document: dict[str, Any]) -> set[str]:
+    return {_step(name) for name in document["deploymentSpec"]["executors"]}
+
+
+def _step(executor: str) -> str:
+    return executor.removeprefix("exec-").rstrip("-0123456789").replace("-", "_")
+
+
+@pytest.mark.parametrize("pipeline", STEPS_OF)
+@pytest.mark.parametrize("cluster", [None, "test"])
+def test_each_pipeline_has_its_steps(tmp_path: Path, pipeline: str, cluster: str | None) -> None:
+    profile = load_profile(ROOT / "configs" / "clusters" / f"{cluster}.yaml") if cluster else None
+    compile_pipeline(load(MINIATURE), tmp_path / "p.yaml", cluster=profile, pipeline=pipeline)
+    document = next(yaml.safe_load_all((tmp_path / "p.yaml").read_text(encoding="utf-8")))
+    assert _steps(document) == STEPS_OF[pipeline] | ({"run_summary"} if cluster else set())
+    assert set(STEPS_OF) == set(PIPELINES)
+
+
+def test_every_step_is_in_some_pipeline() -> None:
+    assert {step for steps in STEPS_OF.values() for step in steps} | {"run_summary"} == set(STEPS)
+
+
+def test_the_exit_handler_knows_what_its_pipeline_is_made_of(tmp_path: Path) -> None:
+    profile = load_profile(ROOT / "configs" / "clusters" / "test.yaml")
+    for pipeline, steps in STEPS_OF.items():
+        compile_pipeline(load(MINIATURE), tmp_path / "p.yaml", cluster=profile, pipeline=pipeline)
+        document = next(yaml.safe_load_all((tmp_path / "p.yaml").read_text(encoding="utf-8")))
+        handler = document["root"]["dag"]["tasks"]["run-summary"]
+        assert handler["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+        components = handler["inputs"]["parameters"]["components"]["runtimeValue"]["constant"].split(",")
+        assert {component.partition("-")[0] for component in components} == steps
+
+
+def test_objects_for_a_backend_that_keeps_its_pipelines_in_kubernetes(tmp_path: Path) -> None:
+    profile = load_profile(ROOT / "configs" / "clusters" / "test.yaml")
+    texts = []
+    for name in ("a.yaml", "b.yaml"):
+        compile_pipeline(load(MINIATURE), tmp_path / name, cluster=profile, kubernetes=True)
+        texts.append((tmp_path / name).read_bytes())
+    assert texts[0] == texts[1]
+    objects = list(yaml.safe_load_all(texts[0]))
+    assert [each["kind"] for each in objects] == ["Pipeline", "PipelineVersion"]
+    assert {each["metadata"]["namespace"] for each in objects} == {"kubeflow"}
+    version = objects[1]["spec"]
+    assert version["pipelineName"] == objects[0]["metadata"]["name"]
+    assert "exec-sft" in version["platformSpec"]["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +125,7 @@ def test_every_component_takes_what_the_caches_must_know(compiled: dict[str, Any
 def test_every_step_runs_in_the_image_that_its_dependencies_name(compiled: dict[str, Any]) -> None:
     executors = compiled["deploymentSpec"]["executors"]
     for name, executor in executors.items():
-        step = name.removeprefix("exec-").rstrip("-23").replace("-", "_")
-        assert executor["container"]["image"] == f"avrt-{STEPS[step].image}:{__version__}"
-    assert {name.removeprefix("exec-").rstrip("-23").replace("-", "_") for name in executors} == set(STEPS)
+        assert executor["container"]["image"] == f"avrt/{STEPS[_step(name)].image}:{__version__}"
 
 
 def test_nothing_is_installed_when_a_component_starts(compiled: dict[str, Any]) -> None:

@@ -1,0 +1,230 @@
+"""The compiled pipelines against what the cluster profiles say, written down a second time here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avrt_lib.cluster.profile import ROLES, Pool, Profile, amount
+from avrt_lib.steps import STEPS
+from tests.golden.compiled import (
+    CONFIGS,
+    GOLDEN,
+    IMAGES,
+    PROFILES,
+    Case,
+    cases,
+    compiled,
+    compiled_bytes,
+    profile_of,
+    render,
+    step_of,
+)
+
+CASES = cases()
+#: Steps with effects outside of the pipeline, whose results no cache may stand for.
+UNCACHED = {"preflight", "promotion", "deployment", "run_summary"}
+
+every_case = pytest.mark.parametrize("case", CASES, ids="-".join)
+
+
+def executors(case: Case) -> list[tuple[str, Pool, dict[str, Any], dict[str, Any]]]:
+    """Step, pool, container and placement of each executor."""
+    found, profile = compiled(case), profile_of(case.profile)
+    return [
+        (step_of(name), profile.pool(step_of(name)), container, found.placed[name])
+        for name, container in found.executors.items()
+    ]
+
+
+def test_every_profile_meets_every_configuration() -> None:
+    assert {"test", "onprem-h100", "gke", "eks", "openshift-ai"} <= set(PROFILES)
+    assert {(case.profile, case.config) for case in CASES} >= {(p, c) for p in PROFILES for c in CONFIGS}
+    assert {case.pipeline for case in CASES} == {"avrt", "data", "train", "evaluate"}
+
+
+@every_case
+def test_each_executor_goes_to_its_pools_nodes(case: Case) -> None:
+    for step, pool, _, placed in executors(case):
+        assert placed.get("nodeSelector", {}).get("labels", {}) == pool.node_selector, step
+        tolerations = [
+            {key: value for key, value in taint.model_dump().items() if value is not None} for taint in pool.tolerations
+        ]
+        assert placed.get("tolerations", []) == tolerations, step
+        terms = [term.model_dump(exclude_defaults=True) for term in pool.affinity]
+        found = [term for each in placed.get("nodeAffinity", []) for term in each["matchExpressions"]]
+        assert [{**term, "operator": term.get("operator", "In")} for term in terms] == found, step
+        assert all("weight" not in each for each in placed.get("nodeAffinity", [])), "it is required, not preferred"
+        assert len(placed.get("nodeAffinity", [])) <= 1, "several terms would mean: any of them"
+
+
+@every_case
+def test_each_executor_asks_for_its_pools_resources(case: Case) -> None:
+    for step, pool, container, placed in executors(case):
+        resources = container["resources"]
+        gpus = resources.get("accelerator", {})
+        assert int(gpus.get("resourceCount", 0)) == pool.gpus, step
+        assert gpus.get("resourceType", pool.gpu_resource) == pool.gpu_resource, step
+        asked = [resources.get(f"resource{key}") for key in ("CpuRequest", "CpuLimit", "MemoryRequest", "MemoryLimit")]
+        assert asked == [pool.cpu_request, pool.cpu_limit, pool.memory_request, pool.memory_limit], step
+        mounts = {each["mountPath"]: each for each in placed.get("emptyDirMounts", [])}
+        assert mounts.get("/dev/shm", {}).get("sizeLimit") == pool.shared_memory, step
+        assert mounts.get("/dev/shm", {}).get("medium", "Memory") == "Memory", step
+        assert mounts.get("/tmp", {}).get("sizeLimit") == pool.scratch, step
+
+
+@every_case
+def test_no_cpu_step_takes_a_gpu_or_a_gpu_pools_nodes(case: Case) -> None:
+    profile = profile_of(case.profile)
+    gpu_pools = [pool for pool in profile.pools.values() if pool.gpus]
+    for step, _, container, placed in executors(case):
+        if step in ROLES["cpu"]:
+            assert "accelerator" not in container["resources"], step
+            assert "tolerations" not in placed, "the taint of GPU nodes keeps it away"
+            selectors = [pool.node_selector for pool in gpu_pools if pool.node_selector]
+            assert placed.get("nodeSelector", {}).get("labels", {}) not in selectors, step
+
+
+def test_retries_are_such_as_argo_understands() -> None:
+    seen = 0
+    for case in CASES:
+        found, profile = compiled(case), profile_of(case.profile)
+        for executor, task, _ in found.tasks():
+            step, policy = step_of(executor), task.get("retryPolicy")
+            pool = profile.pool(step)
+            retries = 0 if step == "preflight" else pool.retries
+            assert (policy or {}).get("maxRetryCount", 0) == retries, (case, step)
+            if policy:
+                seen += 1
+                assert policy["backoffFactor"] == int(policy["backoffFactor"])
+                budget = int(policy["backoffMaxDuration"].removesuffix("s"))
+                waits = sum(pool.retry_wait_s * 2**attempt for attempt in range(retries))
+                assert budget >= (retries + 1) * (pool.timeout_s or 0) + waits, "the budget counts from the first start"
+    assert seen
+
+
+@every_case
+def test_timeouts_end_what_hangs(case: Case) -> None:
+    for step, pool, _, placed in executors(case):
+        assert placed.get("activeDeadlineSeconds") == (str(pool.timeout_s) if pool.timeout_s else None), step
+        assert pool.timeout_s, f"{case.profile}: pools of {step} wait for ever"
+
+
+@every_case
+def test_secrets_come_by_name(case: Case) -> None:
+    profile = profile_of(case.profile)
+    expected = {profile.store.secret: {"access_key": "AVRT_S3_ACCESS_KEY", "secret_key": "AVRT_S3_SECRET_KEY"}}
+    if profile.tracking and profile.tracking.secret:
+        expected[profile.tracking.secret] = {
+            "username": "MLFLOW_TRACKING_USERNAME",
+            "password": "MLFLOW_TRACKING_PASSWORD",
+        }
+    if profile.api_key_secret:
+        expected[profile.api_key_secret] = {"api_key": "AVRT_API_KEY"}
+    expected |= profile.secret_env
+    for step, _, _, placed in executors(case):
+        found = {
+            each["secretName"]: {key["secretKey"]: key["envVar"] for key in each["keyToEnv"]}
+            for each in placed["secretAsEnv"]
+        }
+        assert found == expected, step
+        optional = {each["secretName"] for each in placed["secretAsEnv"] if each["optional"]}
+        lenient = step in ("preflight", "run_summary")  # they say what is missing, so they must start without it
+        assert optional == (set(expected) if lenient else {profile.api_key_secret}), step
+
+
+@every_case
+def test_the_environment_names_store_tracking_and_run(case: Case) -> None:
+    profile = profile_of(case.profile)
+    for step, _, container, placed in executors(case):
+        values = {each["name"]: each.get("value", "") for each in container["env"]}
+        assert values["AVRT_S3_ENDPOINT"] == profile.store.endpoint, step
+        assert values["AVRT_S3_SECURE"] == str(int(profile.store.secure)), step
+        assert values["AVRT_RUN_REPORTS"] == "store", step
+        assert values["AVRT_DATA_HASH"] == "0123", step
+        assert values.get("MLFLOW_TRACKING_URI") == (profile.tracking.uri if profile.tracking else None), step
+        assert profile.environment.items() <= values.items(), step
+        (field,) = placed["fieldPathAsEnv"]
+        assert field == {"name": "AVRT_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}, step
+
+
+@every_case
+def test_only_the_first_step_gets_the_profile_and_gets_all_of_it(case: Case) -> None:
+    for step, _, container, _ in executors(case):
+        text = next((each["value"] for each in container["env"] if each["name"] == "AVRT_CLUSTER_PROFILE"), None)
+        assert (text is not None) == (step == "preflight")
+        if text is not None:
+            assert Profile.model_validate_json(text) == profile_of(case.profile)
+
+
+@every_case
+def test_pods_are_labelled_and_secured(case: Case) -> None:
+    profile = profile_of(case.profile)
+    for step, _, container, placed in executors(case):
+        labels = {**profile.labels, "avrt.dev/step": step}
+        if profile.kueue:
+            labels["kueue.x-k8s.io/queue-name"] = profile.kueue.queue
+            if profile.kueue.priority_class:
+                labels["kueue.x-k8s.io/priority-class"] = profile.kueue.priority_class
+        assert placed["podMetadata"].get("labels") == labels, step
+        assert placed["podMetadata"].get("annotations", {}) == profile.annotations, step
+        security = {"runAsNonRoot": profile.run_as_non_root}
+        security |= {"runAsUser": str(profile.run_as_user)} if profile.run_as_user else {}
+        security |= {"runAsGroup": str(profile.run_as_group)} if profile.run_as_group else {}
+        assert placed["securityContext"] == security, step
+        assert placed["imagePullPolicy"] == profile.image_pull_policy, step
+        pulled_with = [each["secretName"] for each in placed.get("imagePullSecret", [])]
+        assert pulled_with == profile.image_pull_secrets, step
+        assert container["image"] == getattr(IMAGES, STEPS[step].image), step
+        claims = {each["constant"]: each["mountPath"] for each in placed.get("pvcMount", [])}
+        mounted = {} if step == "run_summary" else {each.claim: each.mount_path for each in profile.volumes}
+        assert claims == mounted, step
+        trusted = [each["configMapName"] for each in placed.get("configMapAsVolume", [])]
+        assert trusted == ([profile.store.ca_config_map] if profile.store.ca_config_map else []), step
+
+
+@every_case
+def test_only_steps_with_outside_effects_are_never_cached(case: Case) -> None:
+    cached: dict[bool, set[str]] = {True: set(), False: set()}
+    for executor, task, _ in compiled(case).tasks():
+        cached[task["cachingOptions"].get("enableCache", False)].add(step_of(executor))
+    steps = cached[True] | cached[False]
+    assert cached[False] == UNCACHED & steps
+    assert "run_summary" in steps
+
+
+@every_case
+def test_parameters_stay_below_what_argo_carries(case: Case) -> None:
+    parameters = compiled(case).ir["root"]["inputDefinitions"]["parameters"]
+    size = sum(len(str(each.get("defaultValue", "")).encode()) for each in parameters.values())
+    assert 0 < size < 100_000
+
+
+@pytest.mark.parametrize("profile", GOLDEN)
+def test_the_outline_is_the_golden_one(profile: str) -> None:
+    golden = GOLDEN[profile].read_text(encoding="utf-8")
+    assert render(Case(profile, "miniature")) == golden, "if it is meant: python -m tests.golden.compiled"
+
+
+@pytest.mark.slow
+def test_another_process_compiles_the_same_bytes_without_a_warning(root: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, "-W", "error::UserWarning", "-W", "error::RuntimeWarning"]
+    command += ["-m", "tests.golden.compiled", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "warning" not in done.stderr.lower()
+    for case in CASES:
+        assert (tmp_path / f"{'_'.join(case)}.yaml").read_bytes() == compiled_bytes(case), case
+
+
+def test_amounts_are_read_as_kubernetes_reads_them() -> None:
+    from kubernetes.utils import parse_quantity
+
+    for text in ("1", "0.5", "100m", "2k", "3M", "4G", "1T", "5Ki", "512Mi", "1.5Gi", "2Ti"):
+        assert amount(text) == pytest.approx(float(parse_quantity(text)))
