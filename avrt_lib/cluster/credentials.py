@@ -1,7 +1,7 @@
 """Random credentials where there are none yet, on a cluster without a secret store of its own.
 
-``python -m avrt_lib.cluster.credentials`` runs in a Job of manifests/components/credentials. What is there is kept; what
-two namespaces share is copied from the one that has it. Values never leave the cluster and are never logged.
+``python -m avrt_lib.cluster.credentials`` runs in a Job of manifests/components/credentials. What is there is kept;
+what two namespaces share is copied from the one that has it. Values never leave the cluster and are never logged.
 """
 
 from __future__ import annotations

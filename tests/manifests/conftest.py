@@ -1,0 +1,100 @@
+"""Rendered overlays, and the cluster that KUBECONFIG names."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts import manifests
+from scripts.manifest_policies import Build, Object
+
+#: A namespace of ours that holds this label was made by these tests, and may be used and emptied by them.
+MARK = "avrt/made-by-tests"
+
+
+@pytest.fixture(scope="session")
+def rendered() -> dict[str, Build]:
+    """All builds by name."""
+    manifests.install_tools()
+    return {build.name: build for build in manifests.builds()}
+
+
+@dataclass
+class Cluster:
+    """kubectl on the cluster of KUBECONFIG."""
+
+    kinds: set[tuple[str, str]] = field(default_factory=set)
+
+    def kubectl(self, *arguments: str, objects: list[Object] | None = None, check: bool = True) -> Any:
+        """Run kubectl; ``objects`` go to its standard input."""
+        return subprocess.run(
+            [str(manifests.TOOLS / "bin" / "kubectl"), *arguments],
+            input=yaml.safe_dump_all(objects) if objects else None,
+            capture_output=True,
+            text=True,
+            check=check,
+            timeout=120,
+        )
+
+    def has(self, *arguments: str) -> bool:
+        """Whether ``kubectl get`` finds it."""
+        return self.kubectl("get", *arguments, check=False).returncode == 0
+
+    def learn_kinds(self) -> None:
+        """What kinds the API server knows."""
+        self.kinds = set()
+        for line in self.kubectl("api-resources", "--no-headers").stdout.splitlines():
+            *_, version, _, kind = line.split()
+            self.kinds.add((version, kind))
+
+    def knows(self, document: Object) -> bool:
+        """Whether the API server has this object's kind."""
+        return (document["apiVersion"], document["kind"]) in self.kinds
+
+
+@pytest.fixture(scope="session")
+def cluster(rendered: dict[str, Build]) -> Iterator[Cluster]:
+    """A cluster with a namespace ``avrt`` of these tests alone, KServe's definitions, and the runs' account."""
+    if not os.environ.get("KUBECONFIG"):
+        pytest.skip("KUBECONFIG names no cluster")
+    result = Cluster()
+    if result.kubectl("get", "--raw", "/readyz", check=False).returncode != 0:
+        pytest.skip("the cluster of KUBECONFIG does not answer")
+    found = result.kubectl("get", "namespace", "avrt", "--ignore-not-found", "-o", "json").stdout
+    if found and MARK not in json.loads(found)["metadata"].get("labels", {}):
+        pytest.skip("the cluster has a namespace avrt, which these tests would change: use an empty cluster")
+    made_kubeflow = not result.has("namespace", "kubeflow")
+    _install_definitions(result)
+    result.learn_kinds()
+    guards = [d for d in rendered["test"].objects if d["kind"] in ("Namespace", "ResourceQuota")]
+    names = [{"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kubeflow"}}] if made_kubeflow else []
+    result.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", objects=names + guards)
+    result.kubectl("label", "--overwrite", "namespace", "avrt", f"{MARK}=true")
+    if not result.has("-n", "kubeflow", "serviceaccount", "pipeline-runner"):
+        result.kubectl("-n", "kubeflow", "create", "serviceaccount", "pipeline-runner")
+    yield result
+    # Without a controller manager a namespace would hang in Terminating: it stays then, marked as ours.
+    if result.has("-n", "kube-system", "lease", "kube-controller-manager"):
+        result.kubectl("delete", "namespace", "avrt", "--wait=false")
+        if made_kubeflow:
+            result.kubectl("delete", "namespace", "kubeflow", "--wait=false")
+
+
+def _install_definitions(cluster: Cluster) -> None:
+    default = manifests.ROOT.parent / "shared" / "crds"
+    folders = os.environ.get("AVRT_CRD_DIR", str(default) if default.is_dir() else "")
+    for folder in filter(None, folders.split(os.pathsep)):
+        for path in sorted(Path(folder).glob("serving.kserve.io_*.yaml")):
+            group, _, plural = path.stem.partition("_")
+            if not cluster.has("crd", f"{plural}.{group}"):
+                cluster.kubectl("apply", "--server-side", "-f", str(path))
+                cluster.kubectl("wait", "--for=create", "--timeout=30s", "crd", f"{plural}.{group}")
+                cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd", f"{plural}.{group}")

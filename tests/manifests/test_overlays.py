@@ -1,0 +1,169 @@
+"""What the repository's own overlays render to."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from avrt_lib.cluster import credentials
+from avrt_lib.cluster.profile import load_profile
+from avrt_lib.config import load
+from scripts import manifests
+from scripts.manifest_policies import MAKES_SECRETS, OWN_IMAGES, Build, Object, containers, pods, problems, split_image
+
+STORE = "avrt-store.avrt.svc.cluster.local:8333"
+
+
+def one(build: Build, kind: str, name: str, namespace: str = "avrt") -> Object:
+    """The object of this name."""
+    (found,) = [
+        d
+        for d in build.objects
+        if (d["kind"], d["metadata"]["name"], d["metadata"].get("namespace")) == (kind, name, namespace)
+    ]
+    return found
+
+
+def test_every_overlay_is_there(rendered: dict[str, Build]) -> None:
+    assert {"dev", "staging", "production", "test", "components/kfp-admin", "components/kueue"} <= rendered.keys()
+
+
+def test_every_policy_is_met(rendered: dict[str, Build]) -> None:
+    assert [line for build in rendered.values() for wrong in problems(build).values() for line in wrong] == []
+
+
+def test_core_kinds_are_valid(rendered: dict[str, Build]) -> None:
+    assert [line for build in rendered.values() for line in manifests.core_problems(build)] == []
+
+
+def test_an_unknown_field_of_a_core_kind_is_refused(rendered: dict[str, Build]) -> None:
+    build = Build("some", [copy.deepcopy(one(rendered["test"], "Deployment", "avrt-mlflow"))])
+    build.objects[0]["spec"]["template"]["spec"]["containers"][0]["imagePulPolicy"] = "Always"
+    assert "imagePulPolicy" in manifests.core_problems(build)[0]
+
+
+def test_custom_kinds_are_valid(rendered: dict[str, Build]) -> None:
+    known, node = manifests.definitions(manifests.custom_kinds(rendered.values())), manifests.install_schemas()
+    answers = [manifests.custom_problems(build, known, node=node) for build in rendered.values()]
+    assert [line for wrong, _ in answers for line in wrong] == []
+    unchecked = {kind.split()[0] for _, kinds in answers for kind in kinds}
+    # Kueue's definitions are neither published for npm nor asked for in AVRT_CRD_DIR.
+    allowed = {"ClusterQueue", "LocalQueue", "ResourceFlavor"}
+    if not known:
+        allowed |= {"ServingRuntime", "ClusterStorageContainer"}
+    if not node:
+        allowed |= {"Certificate", "Issuer", "ExternalSecret"}
+    assert unchecked <= allowed
+
+
+def test_an_unknown_field_of_a_custom_kind_is_refused(rendered: dict[str, Build]) -> None:
+    known = manifests.definitions(["ServingRuntime"])
+    if not known:
+        pytest.skip("no definitions: AVRT_CRD_DIR")
+    build = Build("some", [copy.deepcopy(one(rendered["test"], "ServingRuntime", "avrt-vllm"))])
+    build.objects[0]["spec"]["containers"][0]["arg"] = []
+    wrong, _ = manifests.custom_problems(build, known, node=False)
+    assert "'arg' was unexpected" in wrong[0]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no Node.js")
+def test_an_unknown_field_is_refused_by_npms_schemas(rendered: dict[str, Build]) -> None:
+    manifests.install_schemas()
+    build = Build("some", [copy.deepcopy(one(rendered["production"], "ExternalSecret", "avrt-store"))])
+    build.objects[0]["spec"]["data"][0]["remoteRef"]["propertyy"] = "x"
+    wrong, _ = manifests.custom_problems(build, {}, node=True)
+    assert wrong == ["ExternalSecret avrt/avrt-store: spec.data[0].remoteRef.propertyy: unknown field"]
+
+
+def test_production_is_refused_until_its_images_are_pinned(rendered: dict[str, Build]) -> None:
+    production = copy.deepcopy(rendered["production"])
+    results, _ = manifests.check([production], release=True)
+    assert {line.partition(" ")[0] for line in results["production"]["pinned"]} >= {"avrt/pipeline:0.1.0"}
+    for _, pod in pods(production):
+        for container in containers(pod):
+            container["image"] += "@sha256:" + "0" * 64
+    results, _ = manifests.check([production], release=True)
+    assert results["production"]["pinned"] == []
+
+
+def test_the_test_overlays_images_can_be_set(rendered: dict[str, Build]) -> None:
+    document = yaml.safe_load((manifests.MANIFESTS / "overlays/test/kustomization.yaml").read_text())
+    assert [image["name"] for image in document["images"]] == list(OWN_IMAGES)
+    assert {split_image(c["image"])[0] for _, pod in pods(rendered["test"]) for c in containers(pod)} <= set(OWN_IMAGES)
+
+
+def test_the_job_makes_exactly_what_its_annotation_and_its_roles_say(rendered: dict[str, Build]) -> None:
+    wanted = credentials.credentials(STORE)
+    made = {f"avrt/{c.name}" for c in wanted} | {f"kubeflow/{c.name}" for c in wanted if c.shared}
+    job = one(rendered["test"], "Job", "avrt-credentials")
+    assert set(job["metadata"]["annotations"][MAKES_SECRETS].split()) == made
+    for namespace in ("avrt", "kubeflow"):
+        role = one(rendered["test"], "Role", "avrt-credentials", namespace)
+        assert {f"{namespace}/{name}" for name in role["rules"][0]["resourceNames"]} == {
+            place for place in made if place.startswith(f"{namespace}/")
+        }
+
+
+def test_the_secret_store_gives_what_the_job_makes(rendered: dict[str, Build]) -> None:
+    """The same keys by either way, but for the store's certificate, which is cert-manager's."""
+    for credential in credentials.credentials(STORE):
+        if credential.name == "avrt-store-tls":
+            assert one(rendered["production"], "Certificate", "avrt-store")["spec"]["secretName"] == credential.name
+            continue
+        secret = one(rendered["production"], "ExternalSecret", credential.name)
+        assert tuple(entry["secretKey"] for entry in secret["spec"]["data"]) == credential.keys
+        if credential.shared:
+            assert one(rendered["production"], "ExternalSecret", credential.name, "kubeflow")
+
+
+def test_credentials_have_the_keys_that_they_promise_and_no_two_values_are_alike() -> None:
+    first, second = ([c.make() for c in credentials.credentials(STORE)] for _ in range(2))
+    assert [tuple(values) for values in first] == [c.keys for c in credentials.credentials(STORE)]
+    for one_values, other_values in zip(first, second, strict=True):
+        assert {k for k, v in one_values.items() if other_values[k] == v} <= {"username"}
+
+
+def test_the_stores_certificate_is_signed_for_its_names() -> None:
+    made = credentials.certificate(STORE.partition(":")[0])
+    authority = x509.load_pem_x509_certificate(made["ca.crt"].encode())
+    leaf = x509.load_pem_x509_certificate(made["tls.crt"].encode())
+    leaf.verify_directly_issued_by(authority)
+    names = leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert {"avrt-store", "avrt-store.avrt.svc.cluster.local"} <= set(names.get_values_for_type(x509.DNSName))
+    key = load_pem_private_key(made["tls.key"].encode(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    assert key.public_key() == leaf.public_key()
+
+
+@pytest.mark.parametrize(("overlay", "profile"), [("test", "test"), ("production", "onprem-h100")])
+def test_a_profile_reaches_the_store_as_the_overlay_serves_it(
+    rendered: dict[str, Build], overlay: str, profile: str
+) -> None:
+    settings = load_profile(manifests.ROOT / "configs" / "clusters" / f"{profile}.yaml")
+    assert settings.store.endpoint == STORE
+    gateway = one(rendered[overlay], "StatefulSet", "avrt-store")["spec"]["template"]["spec"]["containers"][1]
+    options = next(v["value"] for v in gateway["env"] if v["name"] == "TLS_OPTIONS")
+    assert bool(options) is settings.store.secure
+    assert gateway["readinessProbe"]["httpGet"]["scheme"] == ("HTTPS" if settings.store.secure else "HTTP")
+
+
+def test_the_runtime_starts_the_launcher_as_the_launcher_wants(rendered: dict[str, Build]) -> None:
+    from avrt_lib.promotion.manifest import launcher_arguments
+    from avrt_lib.serving.launcher import RESERVED, parser
+
+    container = one(rendered["test"], "ServingRuntime", "avrt-vllm")["spec"]["containers"][0]
+    assert container["command"] == ["python", "-m", "avrt_lib.serving.launcher"]
+    config = load(manifests.ROOT / "configs" / "miniature.yaml")
+    options, rest = parser().parse_known_args([*container["args"], *launcher_arguments(config)])
+    assert rest == []
+    assert (options.port, options.host, str(options.model)) == (8080, "0.0.0.0", "/mnt/models")
+    assert options.max_model_len == config.student.max_model_len
+    assert not [a for a in container["args"] if a.split("=")[0] in RESERVED]
+    # The drain ends before the predictor's grace period of 60 s.
+    assert options.shutdown_timeout < 60
