@@ -54,6 +54,13 @@ push: setup ## push them: make push REGISTRY=registry.example.com/team
 pin-images: setup ## write the digests of images.yaml, as its registries serve them now
 	@$(BIN)/python -m scripts.registry
 
+.PHONY: manifests cluster-api-test
+manifests: setup ## render every overlay and check it (ARGS=--release refuses images by tag; docs/manifests.md)
+	@$(BIN)/python -m scripts.manifests $(ARGS)
+
+cluster-api-test: setup ## the manifests against the API server of KUBECONFIG
+	@$(BIN)/python -m pytest tests/manifests/test_api.py $(ARGS)
+
 clean: ## delete .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
