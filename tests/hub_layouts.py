@@ -178,6 +178,8 @@ def serving(repositories: dict[str, Path], *, token: str | None = None) -> Itera
                     self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
                 elif revision not in ("main", COMMIT):
                     self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"}, body)
+                elif parts[4:5] == ["tree"]:
+                    self.reply(200, json.dumps(tree(repositories[name])).encode(), {}, body)
                 else:
                     self.reply(200, json.dumps(described(name, repositories[name])).encode(), {}, body)
                 return
@@ -227,6 +229,17 @@ def described(name: str, folder: Path) -> dict[str, Any]:
             entry["lfs"] = {"sha256": _sha256(path), "size": path.stat().st_size, "pointerSize": 130}
         siblings.append(entry)
     return {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False}
+
+
+def tree(folder: Path) -> list[dict[str, Any]]:
+    """The same files as the API's listing of a revision has them."""
+    entries = []
+    for sibling in described("", folder)["siblings"]:
+        entry = {"type": "file", "path": sibling["rfilename"], "size": sibling["size"], "oid": sibling["blobId"]}
+        if "lfs" in sibling:
+            entry["lfs"] = {"oid": sibling["lfs"]["sha256"], "size": sibling["size"], "pointerSize": 130}
+        entries.append(entry)
+    return entries
 
 
 def _etag(path: Path) -> str:
