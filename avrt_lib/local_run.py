@@ -23,10 +23,10 @@ import avrt_lib
 from avrt_lib.config import Config
 from avrt_lib.errors import AvrtError, EnvironmentProblem, OutputMissingError
 from avrt_lib.report import summary as summaries
-from avrt_lib.run_processes import MARKER, kill_marked, stop_marked
+from avrt_lib.run_processes import kill_marked, stop_marked
 from avrt_lib.run_signals import Interrupted, signals_raise
 from avrt_lib.runs import RunFolder
-from avrt_lib.workspace import read_reports
+from avrt_lib.workspace import MARKER, read_reports
 
 log = logging.getLogger("avrt")
 

@@ -13,9 +13,9 @@ import time
 
 import psutil
 
-log = logging.getLogger("avrt")
+from avrt_lib.workspace import MARKER
 
-MARKER = "AVRT_RUN"
+log = logging.getLogger("avrt")
 
 
 def marked(value: str) -> list[psutil.Process]:

@@ -25,6 +25,9 @@ from avrt_lib.tables import write_json
 
 log = logging.getLogger("avrt")
 
+#: Set, to the run's folder, in everything that a run on one machine starts.
+MARKER = "AVRT_RUN"
+
 _PROGRESS_EVERY_S = 0.5
 _LOG_EVERY_S = 15.0
 

@@ -65,7 +65,9 @@ class VllmEngine:
             options: dict[str, Any] = {}
             if limits:
                 options["limit_mm_per_prompt"] = dict(limits)
-                options["mm_processor_cache_gb"] = 1
+                # A sample's media come again at once (another condition, another attempt) or never; vLLM's own default
+                # grows by 4 GiB in each engine.
+                options["mm_processor_cache_gb"] = 0.125
             if mm_kwargs:
                 options["mm_processor_kwargs"] = dict(mm_kwargs)
             if media_io_kwargs:

@@ -7,12 +7,11 @@ chooses by, test questions are what is reported.
 from __future__ import annotations
 
 import multiprocessing
-import os
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avrt_lib import models
+from avrt_lib import compat, models
 from avrt_lib.config import Config, EngineConfig
 from avrt_lib.engine import factory
 from avrt_lib.engine.lazy import LazyEngine
@@ -119,8 +118,7 @@ def _ask_all(
 ) -> None:
     """Share 0 is asked here, the other shares in processes beside this one."""
     processes = config.evaluation.processes
-    if processes > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    compat.share_cores(processes)
     context: SpawnContext = multiprocessing.get_context("spawn")
     failures = context.Queue()
     children = [

@@ -228,10 +228,11 @@ class MergerTask(_Task):
 
 
 class StudentTask(_Task):
-    """Qwen2.5-Omni before reasoning: it describes clips, repeats options, compares words, and answers directly.
+    """Qwen2.5-Omni before reasoning: it describes clips, repeats options, reads short texts, and answers directly.
 
-    Any modality may be missing from the prompt. Each of these is asked for by itself: nothing here teaches the model to
-    compare what it perceives with the options, or to conclude from a comparison.
+    Any modality may be missing from the prompt. Reading is of given words alone: it compares them, and says which line
+    of a list is all for its option. Each of these is asked for by itself: nothing here teaches the model to compare
+    what it perceives with the options, or to write a list and conclude from it.
     """
 
     def __init__(self, processor: ProcessorMixin, clips: Sequence[Clip]) -> None:
@@ -275,10 +276,10 @@ class StudentTask(_Task):
         return head, kept
 
     def draw(self, rng: random.Random) -> Example:
-        """A description, a direct answer, or the options repeated, with both modalities or one; or words compared."""
-        what = rng.choices(["describe", "answer", "repeat", "compare"], [0.3, 0.1, 0.25, 0.35])[0]
-        if what == "compare":
-            request, target = texts.comparison(rng)
+        """A description, a direct answer, or the options repeated, with both modalities or one; or text alone."""
+        what = rng.choices(["describe", "answer", "repeat", "compare", "conclude"], [0.25, 0.1, 0.2, 0.3, 0.15])[0]
+        if what in ("compare", "conclude"):
+            request, target = (texts.comparison if what == "compare" else texts.conclusion)(rng)
             return self.example("", request, target, {}, (what, target))
         clip = rng.choice(self.clips)
         condition = rng.choices(["av", "audio_only", "vision_only"], [0.6, 0.2, 0.2])[0]
@@ -311,8 +312,8 @@ class StudentTask(_Task):
         return batch
 
     def judge(self, examples: Sequence[Example], written: Sequence[str]) -> Scores:
-        """Shares of right descriptions, repetitions, comparisons, and answers in form; the score is the lowest."""
-        counts: dict[str, list[bool]] = {"describe": [], "answer": [], "repeat": [], "compare": []}
+        """Shares of right descriptions, repetitions, comparisons, conclusions, answers in form; the lowest counts."""
+        counts: dict[str, list[bool]] = {"describe": [], "answer": [], "repeat": [], "compare": [], "conclude": []}
         right: list[bool] = []
         for example, text in zip(examples, written, strict=True):
             what, target = example.about

@@ -125,6 +125,26 @@ def comparison(rng: random.Random) -> tuple[str, str]:
     return f"Compare {' and '.join(wanted)} with {' '.join(given)}.", answer
 
 
+def conclusion(rng: random.Random) -> tuple[str, str]:
+    """A request to say which line of a list speaks for its option in all that it says, and its answer.
+
+    The lists are of the form in which options are weighed, up to the line in question or whole, and of other words than
+    a clip's: what they say has nothing to do with any clip.
+    """
+    words = [*SIGHTS, *SOUNDS]
+    count, per_line = rng.randint(2, 4), rng.choice((1, 1, 2))
+    right = rng.randrange(count)
+    lines = []
+    for i in range(count):
+        verdicts = ["yes"] * per_line
+        if i != right:
+            verdicts = [rng.choice(("yes", "no")) for _ in range(per_line)]
+            verdicts[rng.randrange(per_line)] = "no"
+        lines.append(f"{LETTERS[i]}. {' '.join(f'{rng.choice(words)} {verdict}' for verdict in verdicts)}")
+    shown = lines[: right + 1] if rng.random() < 0.3 else lines
+    return "Conclude.\n" + "\n".join(shown), f"<answer>{LETTERS[right]}</answer>"
+
+
 def corpus(texts: int = 800) -> Iterator[str]:
     """Texts to train the tokenizer on."""
     for number in range(texts):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from avrt_lib import answers, prompts
+from avrt_lib import answers, compat, prompts
 from avrt_lib.config import Config, TeacherConfig
 from avrt_lib.engine import factory
 from avrt_lib.engine.base import ChatRequest, Completion
@@ -18,7 +19,7 @@ from avrt_lib.engine.runner import derive_seed, run_chunks
 from avrt_lib.errors import UsageError
 from avrt_lib.records import Sample, Trace
 from avrt_lib.tables import TableWriter, read_rows
-from avrt_lib.workspace import Workspace
+from avrt_lib.workspace import MARKER, Workspace
 
 Role = Literal["vision", "audio"]
 
@@ -71,6 +72,8 @@ def run_teacher(
     shards = config.teachers.shards
     if not 0 <= shard < shards:
         raise UsageError(f"There is no shard {shard}: teachers.shards is {shards}, so shards are 0 to {shards - 1}.")
+    if MARKER in os.environ:  # a run on one machine, where shards share its cores; elsewhere each has a pod
+        compat.share_cores(min(shards, config.teachers.parallelism))
     teacher: TeacherConfig = config.teachers.vision if role == "vision" else config.teachers.audio
     version = prompts.template(role, teacher.prompt).version
     engine = teacher.engine
