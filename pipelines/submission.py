@@ -1,0 +1,92 @@
+"""From a configuration and a cluster profile to a run of the backend."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import kfp_server_api  # type: ignore[import-untyped]
+import yaml
+
+from avrt_lib.cluster.profile import Profile
+from avrt_lib.config import Config
+from components.images import Images
+from pipelines.backend import Backend, checked_name
+from pipelines.compile import compile_pipeline, data_identity
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be run.
+
+    Attributes:
+        config: the configuration, with the profile's overrides in it.
+        profile: the cluster.
+        images: the images' references.
+        pipeline: one of ``pipelines.compile.PIPELINES``.
+        cache: False runs every step, also those that the backend has a result of.
+    """
+
+    config: Config
+    profile: Profile
+    images: Images
+    pipeline: str = "avrt"
+    cache: bool = True
+
+    @property
+    def name(self) -> str:
+        """Tells runs of this kind from others."""
+        return f"{self.pipeline}-{self.config.name}"
+
+    def compiled(self, *, data_hash: str) -> list[dict[str, Any]]:
+        """The compiled pipeline and its platform spec, as documents.
+
+        Args:
+            data_hash: identity of the source data; empty: the sources are read anew in every run.
+        """
+        with tempfile.TemporaryDirectory(prefix="avrt-submit-") as folder:
+            path = Path(folder) / "pipeline.yaml"
+            compile_pipeline(self.config, path, self.images, self.profile, data_hash=data_hash, pipeline=self.pipeline)
+            documents: list[dict[str, Any]] = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
+        if not self.cache:
+            uncached(documents[0])
+        return documents
+
+
+def uncached(spec: dict[str, Any]) -> None:
+    """Turn the backend's cache off for all tasks, those of nested pipelines and of the exit handler's group too.
+
+    ``kfp.Client`` does so for the outermost tasks only.
+    """
+    for component in (spec["root"], *spec["components"].values()):
+        for task in (component.get("dag") or {}).get("tasks", {}).values():
+            task["cachingOptions"] = {}
+
+
+def submit(backend: Backend, order: Order, *, experiment: str | None = None, run_name: str | None = None) -> str:
+    """Compile and start a run, and return its id.
+
+    Args:
+        backend: where.
+        order: what.
+        experiment: None takes the profile's.
+        run_name: None makes one of the configuration's name and the time.
+
+    Raises:
+        AvrtError: where it cannot be compiled, or the backend refuses it.
+    """
+    access = order.profile.pipelines
+    name = run_name or f"{order.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    checked_name("run", name)
+    spec, *platform = order.compiled(data_hash=data_identity(order.config))
+    body = kfp_server_api.V2beta1Run(
+        display_name=name,
+        experiment_id=backend.experiment(experiment or access.experiment),
+        pipeline_spec={"pipeline_spec": spec, "platform_spec": platform[0]} if platform else spec,
+        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters={}, pipeline_root=access.pipeline_root),
+        service_account=access.service_account,
+    )
+    return str(backend.create_run(body).run_id)
