@@ -44,14 +44,15 @@ def plan(
 
     Example: `avrt plan --config configs/avrt-3b.yaml --cluster configs/clusters/onprem-h100.yaml --price 2.5`
     """
-    from pipelines.compile import compile_pipeline
+    from avrt_lib.cli.run import compile_file
 
-    profile = load_profile(find_profile(cluster)) if cluster else None
+    place = find_profile(cluster) if cluster else None
+    profile = load_profile(place) if place else None
     changes = {**(profile.overrides if profile else {}), **parse_set(settings or [])}
     loaded = resolve(find_config(config), changes)
     with tempfile.TemporaryDirectory() as folder:
         compiled = Path(folder) / "pipeline.yaml"
-        compile_pipeline(loaded, compiled, cluster=profile)
+        compile_file(loaded, compiled, {}, pipeline="avrt", cluster=place, kubernetes=False)
         spec = next(yaml.safe_load_all(compiled.read_text(encoding="utf-8")))
     made = planning.make(
         loaded,

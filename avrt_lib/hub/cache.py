@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from avrt_lib.errors import ConfigError, DiskFullError, StoreError
+from avrt_lib.errors import ConfigError, DiskFullError, EnvironmentProblem, StoreError
 from avrt_lib.models import content_sha256
 from avrt_lib.store.objects import client, read_object, store_errors
 from avrt_lib.tables import MANIFEST, read_json, sha256_file, write_json
@@ -31,8 +31,17 @@ _CONNECTIONS = 4
 
 
 def cache_folder() -> Path:
-    """Where fetched models are kept: ``AVRT_MODEL_CACHE``, or this user's own folder among the temporary ones."""
-    return Path(os.environ.get(VARIABLE) or Path(tempfile.gettempdir()) / f"avrt-models-{os.getuid()}").absolute()
+    """Where fetched models are kept: ``AVRT_MODEL_CACHE``, or this user's own folder among the temporary ones.
+
+    Raises:
+        EnvironmentProblem: where somebody else made the latter, who could change models after they were checked.
+    """
+    given = os.environ.get(VARIABLE)
+    folder = Path(given or Path(tempfile.gettempdir()) / f"avrt-models-{os.getuid()}").absolute()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not given and folder.stat().st_uid != os.getuid():
+        raise EnvironmentProblem(f"{folder} belongs to another user: name a folder of your own with {VARIABLE}.")
+    return folder
 
 
 def fetch(uri: str) -> Path:
@@ -56,7 +65,6 @@ def fetch(uri: str) -> Path:
             "model with `avrt models pull` or `avrt models import` and use the address that it prints."
         )
     cache, sha256 = cache_folder(), found["sha256"]
-    cache.mkdir(parents=True, exist_ok=True, mode=0o700)
     target = cache / sha256
     with _locked(cache / f"{sha256}.lock"):
         if not _is_whole(target, sha256):

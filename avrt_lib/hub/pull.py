@@ -154,7 +154,6 @@ def _git_sha1(path: Path) -> str:
 @contextmanager
 def _hub_errors(name: str, revision: str, endpoint: str) -> Iterator[None]:
     """Turn what the hub's library raises into errors that say the mend; none of them holds the token."""
-    import httpx
     from huggingface_hub import errors
 
     try:
@@ -174,8 +173,12 @@ def _hub_errors(name: str, revision: str, endpoint: str) -> Iterator[None]:
         raise ConfigError(
             f"{endpoint} has no model {name}, or it is private: check the id, and set HF_TOKEN where it is private."
         ) from error
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        if isinstance(error, OSError) and error.errno == 28:
+    except Exception as error:
+        # The hub's library changed its HTTP client, and may again: its errors are told by where they are defined.
+        transport = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2")
+        if not transport and not isinstance(
+            error, errors.HfHubHTTPError | errors.LocalEntryNotFoundError | ConnectionError | TimeoutError
+        ):
             raise
         raise EnvironmentProblem(
             f"{endpoint} cannot be reached or failed ({type(error).__name__}): start the same command again, which "
