@@ -3,10 +3,10 @@
 
     python scripts/image_requirements.py
 
-An image gets its extra of pyproject.toml, kfp (every image runs KFP's executor), and its engine where it is ``vllm``.
-They are resolved against the whole lock as constraints, so that an image never has another version than the environment
-that was tested. tools.lock is what the images are built with. The first line of each holds a hash of what it was made
-from, so ``stale()`` tells without an index which are old. Run it after ``make lock``. Needs uv (make setup).
+An image gets its extra of pyproject.toml, requirements/images/IMAGE.in, and its engine where it is ``vllm``. They are
+resolved against the whole lock as constraints, so that an image never has another version than the environment that was
+tested. tools.lock is what the images are built with. The first line of each holds a hash of what it was made from, so
+``stale()`` tells without an index which are old. Run it after ``make lock``. Needs uv (make setup).
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def inputs(lock: Path) -> list[bytes]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = [project["dependencies"], project["optional-dependencies"][image]]
     names = (f"{variant}.lock", f"{variant}.in", f"{variant}.excludes", "overrides.txt")
-    return [json.dumps(declared).encode(), *((ROOT / "requirements" / name).read_bytes() for name in names)]
+    files = [FOLDER / f"{image}.in", *(ROOT / "requirements" / name for name in names)]
+    return [json.dumps(declared).encode(), *(file.read_bytes() for file in files)]
 
 
 def header(lock: Path) -> str:
@@ -73,9 +74,7 @@ def resolve(lock: Path) -> str:
             command.append(str(TOOLS.with_suffix(".in")))
         else:
             image, _, variant = lock.stem.partition("-")
-            beside = Path(temporary) / "beside.in"
-            beside.write_text("kfp\n", encoding="utf-8")
-            command += ["pyproject.toml", "--extra", image, str(beside)]
+            command += ["pyproject.toml", "--extra", image, f"requirements/images/{image}.in"]
             if image == "vllm":
                 command.append(f"requirements/{variant}.in")
             command += ["--constraints", f"requirements/{variant}.lock", "--overrides", "requirements/overrides.txt"]

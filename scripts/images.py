@@ -309,10 +309,11 @@ def make_base(docker: Docker) -> None:
 
 
 def revision() -> str:
-    """The commit that the checkout is at, and whether it was changed since; empty without Git."""
+    """The commit that the checkout is at, and whether what goes in was changed since; empty without Git."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
+    command = [*git, "status", "--porcelain", "--", *PACKAGE, "images", "requirements/images"]
+    changed = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     return head + ("-dirty" if head and changed.strip() else "")
 
 
