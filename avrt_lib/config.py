@@ -226,6 +226,9 @@ class SftConfig(OptimizerConfig):
     type_balance: float = _sourced(0.0, OURS, ge=0, le=1)
     stop_low: float | None = Field(None, gt=0, lt=1, description="stop at the first validation accuracy this high")
     stop_high: float = Field(0.8, gt=0, le=1, description="… and not higher: go back and take smaller steps")
+    stop_type_low: float = Field(
+        0.0, ge=0, lt=1, description="… and only where every common question type is at least this accurate"
+    )
     validate_every_steps: int = Field(10, ge=1)
     validation_samples: int = Field(128, ge=1)
 

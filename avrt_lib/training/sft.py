@@ -7,6 +7,7 @@ import math
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,11 +28,13 @@ from avrt_lib.tables import read_rows
 from avrt_lib.training import checkpoints, export, loop, student
 from avrt_lib.training.encoding import Encoder, collate_targets, has_modality
 from avrt_lib.training.stop_rule import StopRule
-from avrt_lib.training.validation import count_correct, write_greedily
+from avrt_lib.training.validation import are_correct, write_greedily
 from avrt_lib.workspace import Workspace
 
 log = logging.getLogger("avrt")
 
+#: A question type with at least this share of the validation questions counts by itself.
+_COMMON = 0.15
 _METRICS = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
 #: Section tags of a teacher's own format that its reasoning may still hold.
 _TEACHER_TAGS = re.compile(r"</?[A-Z]{3,}>")
@@ -133,7 +136,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
         saver.raise_if_interrupted(trainer.state.global_step)
     loop.check_trained(trainer.state)
     student.check_frozen(learner, frozen)
-    accuracy = rule.history[-1]["accuracy"] if rule is not None and rule.history else validate()
+    accuracy = rule.history[-1]["accuracy"] if rule is not None and rule.history else validate()[0]
     facts: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "loss": _last_loss(trainer),
@@ -274,18 +277,27 @@ class Collator:
 
 def _validator(
     config: Config, learner: student.Student, encoder: Encoder, questions: list[Sample], trainer: SFTTrainer
-) -> Callable[[], float]:
-    """A function that gives the greedy accuracy on the first validation questions, shared out over the processes."""
+) -> Callable[[], tuple[float, float]]:
+    """A function that gives the greedy accuracy on the first validation questions, shared out over the processes.
+
+    Its second value is the accuracy of the worst common question type.
+    """
     asked = [s for s in questions if has_modality(s, "av", "audio") or has_modality(s, "av", "vision")]
     asked = asked[: config.sft.validation_samples]
+    counts = Counter(sample.question_type for sample in asked)
+    common = [kind for kind, count in counts.items() if count >= max(_COMMON * len(asked), 1)]
 
-    def validate() -> float:
+    def validate() -> tuple[float, float]:
         if not asked:
-            return 0.0
+            return 0.0, 0.0
         mine = asked[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
         texts = write_greedily(learner, encoder, mine, max_new_tokens=config.evaluation.max_tokens)
-        correct = torch.tensor(count_correct(texts, mine), device=trainer.accelerator.device)
-        return float(trainer.accelerator.reduce(correct, reduction="sum")) / len(asked)
+        right = are_correct(texts, mine)
+        by_type = [sum(r for r, s in zip(right, mine, strict=True) if s.question_type == kind) for kind in common]
+        correct = torch.tensor([sum(right), *by_type], device=trainer.accelerator.device)
+        total, *of_types = trainer.accelerator.reduce(correct, reduction="sum").tolist()
+        shares = [found / counts[kind] for kind, found in zip(common, of_types, strict=True)]
+        return total / len(asked), min(shares, default=0.0)
 
     return validate
 

@@ -1,5 +1,8 @@
 """When the cold start ends: at the first validation accuracy inside a band, reached by going back if it is overshot.
 
+A shortcut that answers one question type wholly and another by guessing may lie inside the band as well, and GRPO does
+not find its way out of it: so the worst of the common types must be accurate enough too.
+
 GRPO learns from groups whose rewards differ, so the student that it starts from must be neither lost nor done (our
 rule; the paper trains one epoch). Accuracy on the validation split can jump within a few steps, so a jump over the band
 puts weights and optimizer back to the last validation, and goes on from there with half the learning rate and twice
@@ -31,7 +34,7 @@ class StopRule(TrainerCallback):
 
     Args:
         config: the SFT section, with ``stop_low`` set.
-        validate: the accuracy of the model as it is now.
+        validate: the accuracy of the model as it is now, of all questions and of the worst common question type.
         report: told each accuracy.
         can_retreat: whether weights and optimizer can be put back; under DeepSpeed, which owns both, the rule only
             stops.
@@ -44,7 +47,7 @@ class StopRule(TrainerCallback):
     def __init__(
         self,
         config: SftConfig,
-        validate: Callable[[], float],
+        validate: Callable[[], tuple[float, float]],
         report: Callable[[int, float], None],
         *,
         can_retreat: bool = True,
@@ -107,12 +110,12 @@ class StopRule(TrainerCallback):
         """Validate where it is time."""
         if state.global_step < self.next_step and state.global_step < state.max_steps:
             return control
-        accuracy = self.validate()
+        accuracy, worst = self.validate()
         self.history.append({"step": state.global_step, "accuracy": accuracy})
         self.report(state.global_step, accuracy)
-        log.info("validation accuracy %.3f at step %d", accuracy, state.global_step)
+        log.info("validation accuracy %.3f, worst type %.3f, at step %d", accuracy, worst, state.global_step)
         low, high = self.config.stop_low or 0.0, self.config.stop_high
-        if low <= accuracy <= high:
+        if low <= accuracy <= high and worst >= self.config.stop_type_low:
             self.outcome = "band"
             control.should_training_stop = True
         elif accuracy > high and not (self.can_retreat and self.retreats < MAX_RETREATS):

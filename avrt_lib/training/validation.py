@@ -45,9 +45,9 @@ def write_greedily(
     return texts
 
 
-def count_correct(texts: Sequence[str], samples: Sequence[Sample]) -> int:
-    """How many texts give the right answer, by the one extractor."""
-    return sum(
+def are_correct(texts: Sequence[str], samples: Sequence[Sample]) -> list[bool]:
+    """Which texts give the right answer, by the one extractor."""
+    return [
         answers.extract(text, sample.options).index == sample.answer_index
         for text, sample in zip(texts, samples, strict=True)
-    )
+    ]

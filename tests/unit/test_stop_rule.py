@@ -8,26 +8,36 @@ from typing import Any
 
 import pytest
 
+from avrt_lib import compat
+
 torch = pytest.importorskip("torch")
+compat.apply()  # torchvision beside a CPU build of torch
 
 from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 
 from avrt_lib.config import SftConfig  # noqa: E402
 from avrt_lib.training.stop_rule import MAX_RETREATS, StopRule  # noqa: E402
 
-BAND = SftConfig(stop_low=0.6, stop_high=0.8, validate_every_steps=4)
+BAND = SftConfig(stop_low=0.6, stop_high=0.8, stop_type_low=0.5, validate_every_steps=4)
 
 
 class Run:
     """A real optimizer and scheduler on one weight that grows by a step of 1, and the rule that watches it."""
 
-    def __init__(self, accuracies: Sequence[float], *, can_retreat: bool = True, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        accuracies: Sequence[float],
+        *,
+        worst: Sequence[float] | None = None,
+        can_retreat: bool = True,
+        folder: Path | None = None,
+    ) -> None:
         self.model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(self.model.weight)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
         self.seen: list[float] = []
-        answers: Iterator[float] = iter(accuracies)
+        answers: Iterator[tuple[float, float]] = zip(accuracies, worst or accuracies, strict=True)
         self.rule = StopRule(BAND, lambda: next(answers), lambda step, value: self.seen.append(value),
                              can_retreat=can_retreat)  # fmt: skip
         self.arguments = TrainingArguments(output_dir=str(folder or "unused"), report_to=[], use_cpu=True)
@@ -61,6 +71,12 @@ def test_it_stops_at_the_first_validation_inside_the_band() -> None:
     assert run.rule.outcome == "band"
     assert run.seen == [0.2, 0.5, 0.7]
     assert run.rule.accuracy == 0.7
+
+
+def test_a_question_type_that_is_guessed_keeps_it_going() -> None:
+    run = Run([0.7, 0.75, 0.7], worst=[0.3, 0.49, 0.5])
+    assert run.until_stop() == 12
+    assert run.rule.outcome == "band"
 
 
 def test_a_jump_over_the_band_goes_back_and_takes_smaller_steps() -> None:
