@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from avrt_lib import __version__
+from avrt_lib.cli import models
 from avrt_lib.cli.console import err, fail, out
 from avrt_lib.cli.options import DEFAULT_CONFIG, find_config, overrides, resolve
+from avrt_lib.cli.plan import plan
 from avrt_lib.errors import UsageError
 
 EPILOG_RUN = """
@@ -226,15 +229,22 @@ def doctor(
     ] = None,
     runs_dir: RunsDir = RUNS,
     port: Annotated[int, typer.Option(help="The port that would be served on.")] = 8000,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="Check the cluster that KUBECONFIG names against this profile instead.", metavar="PROFILE"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Check this machine: Python, disk, memory, compiler, ports, GPU, packages; and say what to do.
+    """Check this machine or a cluster, and say what to do.
 
-    Example: `avrt doctor --config configs/miniature.yaml`
+    Of this machine: Python, disk, memory, compiler, ports, GPU, packages. Of a cluster: secrets, bucket, permissions,
+    KServe, quotas, nodes for each pool, endpoints.
+
+    Examples: `avrt doctor --config configs/miniature.yaml`, `avrt doctor --cluster configs/clusters/test.yaml`
     """
     from avrt_lib.cli.doctor import examine
 
-    raise typer.Exit(examine(config, runs_dir, port))
+    raise typer.Exit(examine(config, runs_dir, port, cluster))
 
 
 @app.command()
@@ -286,6 +296,10 @@ def fidelity(
         out.print(fidelity_table(loaded))
 
 
+app.add_typer(models.app)
+app.command()(plan)
+
+
 def overrides_of(settings: list[str] | None) -> dict[str, Any]:
     """The overrides of ``--set`` alone."""
     return overrides(settings=settings or [], dataset=[], unfiltered=False, overlap_splits=False, seed=None)
@@ -296,6 +310,8 @@ def main(arguments: list[str] | None = None) -> None:
     from avrt_lib.run_signals import Interrupted
 
     try:
+        for entry in importlib.metadata.entry_points(group="avrt.commands"):
+            entry.load()(app)
         typer.main.get_command(app)(args=arguments, prog_name="avrt")
     except Interrupted as stopped:
         err.print(f"avrt: stopped ({stopped})")
