@@ -63,6 +63,7 @@ def _probe(config: Config, profile: Profile, settings: S3Settings, *, make: bool
     bucket = config.store.bucket
     try:
         for bucket in dict.fromkeys((config.store.bucket, default_bucket())):
+            read_object(connection, bucket, _PROBE)  # the next call has no body, in which a wrong key would be told
             if not connection.bucket_exists(bucket):
                 if not make:
                     return Check(label, WARNING, f"there is no {bucket} at {at} yet", "the run makes it, if it may")

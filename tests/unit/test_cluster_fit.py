@@ -1,0 +1,255 @@
+"""What preflight says of a configuration, a profile and a cluster's nodes and quotas, without a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes import client
+
+from avrt_lib.cluster.checks import _quota, retry_policy, secret_variables
+from avrt_lib.cluster.profile import Pool, Profile, load_profile
+from avrt_lib.config import load
+from avrt_lib.preflight.checks import Check
+from avrt_lib.preflight.fit import fit
+from avrt_lib.preflight.nodes import pool_check
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+GIB = 1024**3
+
+
+def profile(name: str = "test", **changes: Any) -> Profile:
+    """A profile that comes with the package, with changed sections."""
+    document = load_profile(CONFIGS / "clusters" / f"{name}.yaml").model_dump()
+    for key, value in changes.items():
+        document[key] = {**document[key], **value} if isinstance(document[key], dict) else value
+    return Profile.model_validate(document)
+
+
+def checked(found: Profile, variables: tuple[str, ...] = (), **settings: Any) -> dict[str, Check]:
+    """The checks by name."""
+    config = load(CONFIGS / "miniature.yaml", found.overrides | settings)
+    return {check.name: check for check in fit(config, found, set(variables))}
+
+
+def failing(found: dict[str, Check]) -> list[str]:
+    return [name for name, check in found.items() if check.status != "ok"]
+
+
+@pytest.mark.parametrize("name", ["test", "onprem-h100", "gke", "eks", "openshift-ai"])
+def test_the_miniature_fits_every_profile(name: str) -> None:
+    assert failing(checked(profile(name))) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"promotion.model_name": "m" * 40, "deployment.namespace": "n" * 20}, "more than 52 characters"),
+        ({"promotion.model_name": "7b"}, "must start with a letter"),
+        ({"deployment.namespace": "Team"}, "deployment.namespace Team is no DNS label"),
+    ],
+)
+def test_names_that_kserve_cannot_use(settings: dict[str, str], said: str) -> None:
+    check = checked(profile(), **settings)["Names"]
+    assert check.status == "failed"
+    assert said in check.found
+
+
+def test_names_that_are_no_labels() -> None:
+    check = checked(profile(labels={"team": "x" * 64}, kueue=None))["Names"]
+    assert "labels.team" in check.found
+    check = checked(Profile.model_validate(profile().model_dump() | {"kueue": {"queue": "q" * 64}}))["Names"]
+    assert "kueue.queue" in check.found
+
+
+def test_a_pod_cannot_keep_or_serve_models() -> None:
+    assert checked(profile(), **{"store.kind": "local"})["Targets"].status == "failed"
+    assert checked(profile(), **{"deployment.target": "local"})["Targets"].status == "warning"
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(1, "failed"), (2, None), (8, None)])
+def test_an_engine_gets_the_gpus_that_it_runs_on(gpus: int, status: str | None) -> None:
+    found = profile("onprem-h100")
+    pools = {"teacher": found.pools["teacher"].model_dump() | {"gpus": gpus}}
+    result = checked(profile("onprem-h100", pools=pools), **{"teachers.vision.engine.tensor_parallel_size": 2})
+    check = result.get("GPUs teachers.vision.engine")
+    assert (check.status if check else None) == status
+    if check:
+        assert "set pools.teacher.gpus to 2" in check.mend
+
+
+def test_a_cuda_build_of_vllm_needs_a_gpu_unless_an_endpoint_answers() -> None:
+    cuda = Profile.model_validate(profile().model_dump() | {"build": "cuda"})
+    named = set(failing(checked(cuda)))
+    assert named == {f"GPUs {key}" for key in ("teachers.vision.engine", "teachers.audio.engine", "merger.engine")} | {
+        "GPUs evaluation"
+    }
+    endpoint = {"kind": "endpoint", "model": "m", "base_url": "http://teacher.models.svc/v1"}
+    assert "GPUs merger.engine" not in failing(checked(cuda, **{"merger.engine": endpoint}))
+
+
+def test_an_endpoints_key_must_come_from_a_secret() -> None:
+    endpoint = {"kind": "endpoint", "model": "m", "base_url": "http://t.svc/v1", "api_key_env": "TEACHER_KEY"}
+    check = checked(profile(), **{"merger.engine": endpoint})["Key merger.engine"]
+    assert check.status == "failed"
+    assert "secret_env" in check.mend
+    assert "Key merger.engine" not in checked(profile(), ("TEACHER_KEY",), **{"merger.engine": endpoint})
+
+
+def test_folders_are_on_volumes() -> None:
+    found = profile("onprem-h100")
+    settings = {"student.model": "/models/student", "data.train": {"format": "avqa", "path": "/datasets/train"}}
+    assert failing(checked(found, **settings)) == ["Path data.train.path"], "/datasets is not on /data"
+
+
+def test_secrets_are_named_once_with_all_their_keys() -> None:
+    found = Profile.model_validate(
+        profile().model_dump() | {"secret_env": {"avrt-store": {"session": "TOKEN"}, "hub": {"token": "HF_TOKEN"}}}
+    )
+    variables = secret_variables(found)
+    assert variables["avrt-store"] == {
+        "access_key": "AVRT_S3_ACCESS_KEY",
+        "secret_key": "AVRT_S3_SECRET_KEY",
+        "session": "TOKEN",
+    }
+    assert variables["hub"] == {"token": "HF_TOKEN"}
+
+
+def node(name: str = "n1", *, labels: dict[str, str] | None = None, taints: Any = (), **has: str) -> client.V1Node:
+    """A node; ``gpu``, ``cpu``, ``memory`` and ``disk`` are what it can give."""
+    allocatable = {"cpu": has.get("cpu", "96"), "memory": has.get("memory", "1Ti")}
+    allocatable["ephemeral-storage"] = has.get("disk", "1Ti")
+    if "gpu" in has:
+        allocatable["nvidia.com/gpu"] = has["gpu"]
+    return client.V1Node(
+        metadata=client.V1ObjectMeta(name=name, labels=labels or {"pool": "gpu"}),
+        spec=client.V1NodeSpec(
+            taints=[client.V1Taint(key=key, value=value, effect=effect) for key, value, effect in taints],
+            unschedulable=has.get("cordoned") == "yes" or None,
+        ),
+        status=client.V1NodeStatus(allocatable=allocatable),
+    )
+
+
+TAINT = ("nvidia.com/gpu", "present", "NoSchedule")
+GPU = Pool.model_validate(
+    {
+        "node_selector": {"pool": "gpu"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "gpus": 8,
+        "cpu_request": "64",
+        "memory_request": "512Gi",
+        "scratch": "500Gi",
+    }
+)
+GOOD = {"taints": [TAINT], "gpu": "8"}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "status", "said"),
+    [
+        ([node(**GOOD)], "ok", "1 nodes with pool=gpu"),
+        ([], "failed", "no node has pool=gpu"),
+        ([node(labels={"pool": "cpu"}, **GOOD)], "failed", "no node has pool=gpu"),
+        ([node(cordoned="yes", **GOOD)], "failed", "no node has pool=gpu"),
+        ([node(taints=[TAINT, ("team", "other", "NoExecute")], gpu="8")], "failed", "team=other:NoExecute"),
+        ([node(taints=[TAINT, ("spot", "", "PreferNoSchedule")], gpu="8")], "ok", "1 nodes"),
+        ([node(taints=[TAINT])], "failed", "no node with pool=gpu has nvidia.com/gpu"),
+        ([node(taints=[TAINT], gpu="4")], "failed", "they have 4 nvidia.com/gpu, 96 CPU, 1024.0 GiB"),
+        ([node(cpu="32", **GOOD)], "failed", "no node is large enough for 8 nvidia.com/gpu, 64 CPU, 512.0 GiB"),
+        ([node(memory="100Gi", **GOOD)], "failed", "no node is large enough"),
+        ([node(disk="100Gi", **GOOD)], "warning", "no node has 500Gi of disk for scratch, but 100 GiB at most"),
+        ([node("a", cpu="1", **GOOD), node("b", **GOOD)], "ok", "2 nodes"),
+    ],
+)
+def test_a_pools_nodes(nodes: list[client.V1Node], status: str, said: str) -> None:
+    check = pool_check("training", GPU, nodes, autoscaled=False)
+    assert check.status == status
+    assert said in check.found
+    assert bool(check.mend) == (status != "ok")
+
+
+def test_an_autoscaled_pool_may_have_no_node_now() -> None:
+    assert pool_check("training", GPU, [], autoscaled=True).status == "warning"
+    assert pool_check("training", GPU, [node(taints=[TAINT])], autoscaled=True).status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("operator", "values", "matches"),
+    [
+        ("In", ["h100", "h200"], True),
+        ("In", ["l4"], False),
+        ("NotIn", ["l4"], True),
+        ("NotIn", ["h100"], False),
+        ("Exists", [], True),
+        ("DoesNotExist", [], False),
+    ],
+)
+def test_affinity_is_read_as_the_scheduler_reads_it(operator: str, values: list[str], matches: bool) -> None:
+    pool = Pool.model_validate({"affinity": [{"key": "gpu", "operator": operator, "values": values}]})
+    found = pool_check("merger", pool, [node(labels={"gpu": "h100"})], autoscaled=False)
+    assert (found.status == "ok") == matches
+
+
+@pytest.mark.parametrize(("value", "matches"), [("80", True), ("40", False), ("many", False)])
+def test_affinity_compares_numbers(value: str, matches: bool) -> None:
+    pool = Pool.model_validate({"affinity": [{"key": "memory", "operator": "Gt", "values": ["64"]}]})
+    assert (pool_check("merger", pool, [node(labels={"memory": value})], autoscaled=False).status == "ok") == matches
+
+
+def test_cpu_steps_on_gpu_nodes_are_warned_of() -> None:
+    check = pool_check("cpu", Pool(), [node("big", gpu="8")], autoscaled=False)
+    assert check.status == "warning"
+    assert "big" in check.found
+    assert pool_check("cpu", Pool(), [node(**GOOD), node("small")], autoscaled=False).status == "ok"
+
+
+def quota(hard: dict[str, str], used: dict[str, str] | None = None) -> dict[str, tuple[str, str]]:
+    """Status and text of what a quota does to the on-premise profile."""
+    found = client.V1ResourceQuota(
+        metadata=client.V1ObjectMeta(name="team"),
+        spec=client.V1ResourceQuotaSpec(hard=hard),
+        status=client.V1ResourceQuotaStatus(hard=hard, used=used or dict.fromkeys(hard, "0")),
+    )
+    return {check.status: (check.found, check.mend) for check in _quota(found, profile("onprem-h100"))}
+
+
+def test_a_quota_below_the_largest_pod_fails_and_names_it() -> None:
+    found = quota({"requests.nvidia.com/gpu": "4"})
+    assert found["failed"] == (
+        "requests.nvidia.com/gpu is 4, but one pod of training asks for more",
+        "raise the quota, or lower pools.training",
+    )
+
+
+def test_a_quota_that_is_taken_makes_pods_wait() -> None:
+    found = quota({"requests.memory": "1Ti"}, {"requests.memory": "900Gi"})
+    assert "900Gi of 1Ti requests.memory are taken" in found["warning"][0]
+
+
+def test_a_quota_of_limits_refuses_pods_without() -> None:
+    assert "refuses pods without it" in quota({"limits.cpu": "1k"})["warning"][0]
+    assert quota({"limits.memory": "2Ti"}) == {}
+
+
+def test_a_quota_with_room_is_fine() -> None:
+    assert quota({"requests.cpu": "100", "requests.nvidia.com/gpu": "8", "pods": "50", "count/jobs.batch": "5"}) == {}
+
+
+STOCK = "spec: {templateDefaults: {retryStrategy: {limit: '2', retryPolicy: OnError}}}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "policy"),
+    [
+        ({"workflowDefaults": STOCK}, "OnError"),
+        ({"workflowDefaults": STOCK.replace("OnError", "Always")}, "Always"),
+        ({"workflowDefaults": "spec: {ttlStrategy: {}}"}, "OnFailure"),
+        ({}, "OnFailure"),
+        ({"config": f"workflowDefaults: {{{STOCK}}}"}, "OnError"),
+        ({"workflowDefaults": "- not a mapping"}, "OnFailure"),
+    ],
+)
+def test_argos_retry_policy_is_read(settings: dict[str, str], policy: str) -> None:
+    assert retry_policy(settings) == policy
