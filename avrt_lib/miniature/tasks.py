@@ -230,13 +230,13 @@ class MergerTask(_Task):
 class StudentTask(_Task):
     """Qwen2.5-Omni before reasoning: it describes clips, repeats options, reads short texts, and answers directly.
 
-    Any modality may be missing from the prompt. Reading is of given words alone: it compares them, and says which line
-    of a list is all for its option. Each of these is asked for by itself: nothing here teaches the model to compare
-    what it perceives with the options, or to write a list and conclude from it.
+    Any modality may be missing from the prompt. Reading is of given words alone: it compares them, and quotes a list up
+    to the line that is all for its option, or names that line. Each of these is asked for by itself: nothing here
+    teaches the model to compare what it perceives with the options, or to write a list and conclude from it.
     """
 
     def __init__(self, processor: ProcessorMixin, clips: Sequence[Clip]) -> None:
-        super().__init__(processor.tokenizer, clips, Recipe(goal=0.98, cap=700, decay=60, max_new=40))
+        super().__init__(processor.tokenizer, clips, Recipe(goal=0.98, cap=500, decay=100, max_new=48))
         self.processor = processor
 
     def features(self, clip: Clip) -> dict[str, torch.Tensor]:
@@ -277,7 +277,7 @@ class StudentTask(_Task):
 
     def draw(self, rng: random.Random) -> Example:
         """A description, a direct answer, or the options repeated, with both modalities or one; or text alone."""
-        what = rng.choices(["describe", "answer", "repeat", "compare", "conclude"], [0.25, 0.1, 0.2, 0.3, 0.15])[0]
+        what = rng.choices(["describe", "answer", "repeat", "compare", "conclude"], [0.25, 0.1, 0.2, 0.25, 0.2])[0]
         if what in ("compare", "conclude"):
             request, target = (texts.comparison if what == "compare" else texts.conclusion)(rng)
             return self.example("", request, target, {}, (what, target))

@@ -128,11 +128,11 @@ def comparison(rng: random.Random) -> tuple[str, str]:
 def conclusion(rng: random.Random) -> tuple[str, str]:
     """A request to say which line of a list speaks for its option in all that it says, and its answer.
 
-    The lists are of the form in which options are weighed, up to the line in question or whole, and of other words than
-    a clip's: what they say has nothing to do with any clip.
+    Some ask for the lines up to that one as well. The lists are of the form in which options are weighed; what they say
+    has nothing to do with any clip.
     """
     words = [*SIGHTS, *SOUNDS]
-    count, per_line = rng.randint(2, 4), rng.choice((1, 1, 2))
+    count, per_line = rng.randint(2, 4), rng.choice((1, 2))
     right = rng.randrange(count)
     lines = []
     for i in range(count):
@@ -141,8 +141,10 @@ def conclusion(rng: random.Random) -> tuple[str, str]:
             verdicts = [rng.choice(("yes", "no")) for _ in range(per_line)]
             verdicts[rng.randrange(per_line)] = "no"
         lines.append(f"{LETTERS[i]}. {' '.join(f'{rng.choice(words)} {verdict}' for verdict in verdicts)}")
-    shown = lines[: right + 1] if rng.random() < 0.3 else lines
-    return "Conclude.\n" + "\n".join(shown), f"<answer>{LETTERS[right]}</answer>"
+    answer = f"<answer>{LETTERS[right]}</answer>"
+    if rng.random() < 0.5:
+        return "\n".join(["Quote and conclude.", *lines]), "\n".join([*lines[: right + 1], answer])
+    return "\n".join(["Conclude.", *lines]), answer
 
 
 def corpus(texts: int = 800) -> Iterator[str]:
