@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,9 +93,17 @@ def _install_definitions(cluster: Cluster) -> None:
     default = manifests.ROOT.parent / "shared" / "crds"
     folders = os.environ.get("AVRT_CRD_DIR", str(default) if default.is_dir() else "")
     for folder in filter(None, folders.split(os.pathsep)):
-        for path in sorted(Path(folder).glob("serving.kserve.io_*.yaml")):
-            group, _, plural = path.stem.partition("_")
-            if not cluster.has("crd", f"{plural}.{group}"):
+        for plural in ("servingruntimes", "inferenceservices", "clusterstoragecontainers"):
+            path = Path(folder) / f"serving.kserve.io_{plural}.yaml"
+            if path.exists() and not cluster.has("crd", f"{plural}.serving.kserve.io"):
                 cluster.kubectl("apply", "--server-side", "-f", str(path))
-                cluster.kubectl("wait", "--for=create", "--timeout=30s", "crd", f"{plural}.{group}")
-                cluster.kubectl("wait", "--for=condition=Established", "--timeout=60s", "crd", f"{plural}.{group}")
+                _wait_until_established(cluster, f"{plural}.serving.kserve.io")
+
+
+def _wait_until_established(cluster: Cluster, name: str) -> None:
+    # `kubectl wait` fails at once on a definition that has no conditions yet.
+    path = '{.status.conditions[?(@.type=="Established")].status}'
+    deadline = time.monotonic() + 120
+    while cluster.kubectl("get", "crd", name, "-o", f"jsonpath={path}", check=False).stdout != "True":
+        assert time.monotonic() < deadline, f"{name} is not established"
+        time.sleep(0.5)
