@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -25,13 +26,12 @@ OVERLAYS = ("dev", "staging", "production", "test")
 @pytest.fixture(scope="module")
 def quota(cluster: Cluster) -> None:
     """The quota's status; a bare API server has no controller that fills it in, and refuses every pod until then."""
-    status = cluster.kubectl("-n", "avrt", "get", "resourcequota", "avrt", "-o", "jsonpath={.status.hard}").stdout
-    if not status and not cluster.has("-n", "kube-system", "lease", "kube-controller-manager"):
-        hard = cluster.kubectl("-n", "avrt", "get", "resourcequota", "avrt", "-o", "jsonpath={.spec.hard}").stdout
-        patch = f'{{"status": {{"hard": {hard}, "used": {{"pods": "0", "requests.cpu": "0"}}}}}}'
-        cluster.kubectl(
-            "-n", "avrt", "patch", "resourcequota", "avrt", "--subresource=status", "--type=merge", "-p", patch
-        )
+    if not cluster.has("-n", "kube-system", "lease", "kube-controller-manager"):
+        quota = ("-n", "avrt", "resourcequota", "avrt")
+        text = cluster.kubectl("get", *quota, "-o", "jsonpath={.spec.hard}").stdout
+        status = {"hard": json.loads(text), "used": dict.fromkeys(json.loads(text), "0")}
+        patch = json.dumps({"status": status})
+        cluster.kubectl("patch", *quota, "--subresource=status", "--type=merge", "-p", patch)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
