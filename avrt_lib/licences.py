@@ -102,7 +102,7 @@ def licence_checks(config: Config) -> list[Check]:
             accepted, found = reference in config.accepted_licences, "not known here"
             mend = f"read its card, then add {reference} to accepted_licences"
         else:
-            accepted = {licence.model, reference} & set(config.accepted_licences) or licence.commercial == "yes"
+            accepted = licence.commercial == "yes" or bool({licence.model, reference} & set(config.accepted_licences))
             uses = {"yes": "commercial use allowed", "no": "not for commercial use", "conditions": "under conditions"}
             found = f"{licence.licence}, {uses[licence.commercial]}"
             mend = (

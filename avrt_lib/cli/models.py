@@ -14,6 +14,7 @@ from avrt_lib.cli.console import err, out
 from avrt_lib.cli.options import find_config
 from avrt_lib.config import HUB, MODELS_LOCK, load
 from avrt_lib.errors import UsageError
+from avrt_lib.hub.folder import Published
 from avrt_lib.licences import loaded_models
 
 app = typer.Typer(
@@ -75,8 +76,7 @@ def pull(
             raise UsageError(f"{file} names no hub model (hub:ORG/NAME).")
     for reference, revision in wanted.items():
         err.print(f"Pulling {reference.name} at {revision} …", soft_wrap=True)
-        published = fetch(reference, revision, to)
-        _note(published.name, published.revision, published.address, lock)
+        _note(fetch(reference, revision, to), lock)
 
 
 @app.command(name="import")
@@ -94,8 +94,7 @@ def import_(
     """
     from avrt_lib.hub.importing import import_folder
 
-    published = import_folder(folder, to, name=name, revision=revision)
-    _note(published.name, published.revision, published.address, lock or DEFAULT_LOCK)
+    _note(import_folder(folder, to, name=name, revision=revision), lock or DEFAULT_LOCK)
 
 
 @app.command()
@@ -117,8 +116,7 @@ def prepare(
     """
     from avrt_lib.hub.prepare import prepare as make
 
-    published, revision, address = make(folder, to, name=name, revision=revision, adapter=adapter)
-    _note(published, revision, address, lock or DEFAULT_LOCK)
+    _note(make(folder, to, name=name, revision=revision, adapter=adapter), lock or DEFAULT_LOCK)
 
 
 @app.command()
@@ -155,12 +153,12 @@ def _hub_models(file: Path) -> Iterator[tuple[str, str | None]]:
             yield part.model, part.revision
 
 
-def _note(name: str, revision: str | None, address: str, lock: Path) -> None:
-    out.print(f"{name}: {address}", soft_wrap=True)
-    if revision is None:
+def _note(published: Published, lock: Path) -> None:
+    out.print(f"{published.name}: {published.address}", soft_wrap=True)
+    if published.revision is None:
         err.print("No commit is known, so nothing is written to the lock: name it with --revision.", soft_wrap=True)
         return
     from avrt_lib.hub.lock import record
 
-    record(lock, name, revision, address)
+    record(lock, published.name, published.revision, published.address)
     err.print(f"Written to {lock}", soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ SAFETENSORS = ".safetensors"
 INDEX = ".safetensors.index.json"
 SUMS = "SHA256SUMS"
 _CODE_FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A model after ``pull``, ``importing`` or ``prepare``: its id, commit (None: not known) and address."""
+
+    name: str
+    revision: str | None
+    address: str
 
 
 def slug(name: str) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from avrt_lib.errors import DataError
 from avrt_lib.hub import folder as folders
+from avrt_lib.hub.folder import Published
 from avrt_lib.hub.prepare import origin_of
-from avrt_lib.hub.pull import Published
 
 
 def import_folder(source: Path, to: str, *, name: str | None = None, revision: str | None = None) -> Published:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from avrt_lib.errors import ConfigError, DataError
 from avrt_lib.hub import folder as folders
+from avrt_lib.hub.folder import Published
 from avrt_lib.tables import MANIFEST, read_json
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
-def prepare(source: Path, to: str, *, name: str | None, revision: str | None, adapter: str | None) -> tuple[str, str]:
+def prepare(source: Path, to: str, *, name: str | None, revision: str | None, adapter: str | None) -> Published:
     """Prepare a model folder that came by disk, and publish it.
 
     Args:
@@ -54,9 +55,6 @@ def prepare(source: Path, to: str, *, name: str | None, revision: str | None, ad
         name: the model's id; by default what the folder's manifest says, or the folder's name.
         revision: its commit; by default what the folder's manifest says.
         adapter: folder of an adapter in it that is merged; None: none is.
-
-    Returns:
-        The id under which it was published, and the address.
 
     Raises:
         DataError: weights that are missing, damaged, or hold more than tensors, or differ from the manifest.
@@ -69,7 +67,8 @@ def prepare(source: Path, to: str, *, name: str | None, revision: str | None, ad
     published = f"{name}/{adapter}" if adapter and not name.endswith(f"/{adapter}") else name
     folders.verify_sums(source)
     made_by = {"by": "avrt models prepare", "model": published, "revision": revision}
-    return published, publish_prepared(source, published, to, made_by, adapter=adapter)
+    address = publish_prepared(source, published, to, made_by, adapter=adapter)
+    return Published(published, revision, address)
 
 
 def publish_prepared(source: Path, name: str, to: str, made_by: dict[str, Any], *, adapter: str | None) -> str:

@@ -20,6 +20,7 @@ from avrt_lib.config import HUB
 from avrt_lib.errors import ConfigError, DataError, EnvironmentProblem
 from avrt_lib.hub import folder as folders
 from avrt_lib.hub import prepare
+from avrt_lib.hub.folder import Published
 from avrt_lib.tables import sha256_file
 
 if TYPE_CHECKING:
@@ -30,15 +31,6 @@ log = logging.getLogger("avrt.hub")
 DEFAULT_ENDPOINT = "https://huggingface.co"
 #: Weights of other libraries.
 _OTHER_WEIGHTS = (".gguf", ".onnx", ".msgpack", ".tflite", ".mlmodel", ".nemo", ".ot")
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A model after ``pull``, ``importing`` or ``prepare``: its id, commit (None: not known) and address."""
-
-    name: str
-    revision: str | None
-    address: str
 
 
 @dataclass(frozen=True, slots=True)

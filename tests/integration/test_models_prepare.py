@@ -31,14 +31,14 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str,
 
 @pytest.fixture(scope="module")
 def prepared(published: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    _, address = prepare(
+    made = prepare(
         published[0],
         str(tmp_path_factory.mktemp("models")),
         name="nvidia/audio-flamingo-3-hf",
         revision=hub_layouts.COMMIT,
         adapter="think",
     )
-    return Path(address)
+    return Path(made.address)
 
 
 def tensors(folder: Path) -> dict[str, Any]:
@@ -137,8 +137,8 @@ def test_an_adapter_with_transformers_newer_names_is_merged_alike(
     file = folder / "think" / "adapter_model.safetensors"
     newer = {k.replace("language_model.model", "model.language_model"): v for k, v in load_file(file).items()}
     save_file(newer, file)
-    _, address = prepare(folder, str(tmp_path / "models"), name="a/b", revision=None, adapter="think")
-    after, wanted = tensors(Path(address)), tensors(prepared)
+    made = prepare(folder, str(tmp_path / "models"), name="a/b", revision=None, adapter="think")
+    after, wanted = tensors(Path(made.address)), tensors(prepared)
     assert all(torch.equal(after[name], wanted[name]) for name in wanted)
 
 
@@ -159,6 +159,34 @@ def test_an_adapter_of_an_unsupported_kind_is_refused(published: tuple[Path, dic
     settings.write_text(json.dumps({**read_json(settings), "use_dora": True}))
     with pytest.raises(ConfigError, match="use_dora"):
         prepare(folder, str(tmp_path / "models"), name=None, revision=None, adapter="think")
+
+
+def test_the_command_prints_the_address_and_writes_the_lock(
+    published: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    from typer.testing import CliRunner
+
+    from avrt_lib.cli.models import app
+
+    lock = tmp_path / "models.lock"
+    options = ["--adapter", "think", "--name", "nvidia/audio-flamingo-3-hf", "--revision", hub_layouts.COMMIT]
+    command = ["prepare", str(published[0]), "--to", str(tmp_path / "models"), "--lock", str(lock), *options]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    entry = read_json(lock)["nvidia/audio-flamingo-3-hf/think"]
+    assert entry["revision"] == hub_layouts.COMMIT
+    assert entry["model"] in done.output
+
+
+def test_the_command_to_import_without_a_commit_writes_no_lock(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from avrt_lib.cli.models import app
+
+    folder, lock = hub_layouts.save_qwen(tmp_path / "qwen"), tmp_path / "models.lock"
+    command = ["import", str(folder), "--to", str(tmp_path / "models"), "--lock", str(lock)]
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    assert list((tmp_path / "models" / "qwen").iterdir())
+    assert not lock.exists()
 
 
 class Runs:
@@ -186,21 +214,21 @@ def test_pickled_weights_become_safetensors(tmp_path: Path) -> None:
     before = tensors(folder)
     (folder / "model.safetensors").unlink()
     torch.save(before, folder / "pytorch_model.bin")
-    _, address = prepare(folder, str(tmp_path / "models"), name=None, revision=None, adapter=None)
-    after = tensors(resolve(address))
+    made = prepare(folder, str(tmp_path / "models"), name=None, revision=None, adapter=None)
+    after = tensors(resolve(made.address))
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_models_own_code_is_written_down_with_everything_it_imports(tmp_path: Path) -> None:
     folder = hub_layouts.save_with_code(tmp_path / "kimi")
-    _, address = prepare(
+    made = prepare(
         folder,
         str(tmp_path / "models"),
         name="moonshotai/Kimi-VL-A3B-Thinking",
         revision=hub_layouts.COMMIT,
         adapter=None,
     )
-    code = read_json(Path(address) / "manifest.json")["made_by"]["code"]
+    code = read_json(Path(made.address) / "manifest.json")["made_by"]["code"]
     assert set(code) == {"processing_tiny.py", "image_processing_tiny.py"}
 
 
