@@ -60,6 +60,7 @@ def build_engine(config: Config, model: Path, name: str) -> VllmEngine:
     student = config.student
     engine = EngineConfig(
         model=str(model),
+        revision=student.revision,
         dtype=student.dtype,
         max_model_len=student.max_model_len,
         kv_cache_gib=student.kv_cache_gib,
