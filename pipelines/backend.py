@@ -170,7 +170,7 @@ class Backend:
         """Start a run (``V2beta1Run``)."""
         return self._call("Starting the run", self._runs.run_service_create_run, body, kind="create")
 
-    def run(self, run_id: str, *, patience_s: float = PATIENCE_S) -> Any:
+    def run(self, run_id: str, *, patience_s: float | None = None) -> Any:
         """A run with its task details."""
         return self._call(
             f"Reading the run {run_id}",
@@ -292,7 +292,7 @@ class Backend:
         function: Callable[..., Any],
         *arguments: Any,
         kind: str = "read",
-        patience_s: float = PATIENCE_S,
+        patience_s: float | None = None,
         missing: str = "",
         **given: Any,
     ) -> Any:
@@ -303,11 +303,11 @@ class Backend:
             function: of the generated client.
             kind: ``read``; ``write``, whose error 500 is final; or ``create``, which is repeated only where nothing was
                 sent.
-            patience_s: how long to go on.
+            patience_s: how long to go on; None: ``PATIENCE_S``.
             missing: the error for 404.
         """
         transient = {"read": (429, 500, 502, 503, 504), "write": (429, 502, 503, 504), "create": (429,)}[kind]
-        deadline, wait = time.monotonic() + patience_s, 1.0
+        deadline, wait = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s), 1.0
         while True:
             try:
                 return function(*arguments, _request_timeout=TIMEOUT_S, **given)

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -170,7 +171,7 @@ class _Server:
             def _any(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 with outer.lock:
-                    status, answer, headers = outer.handle(self.command, self.path, dict(self.headers), body)
+                    status, answer, headers = outer.handle(self.command, self.path, self.headers, body)
                 data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.send_response(status)
                 for name, value in {"Content-Type": "application/json", **headers}.items():
@@ -197,7 +198,7 @@ class _Server:
         self._http.shutdown()
         self._http.server_close()
 
-    def handle(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, Any, dict[str, str]]:
+    def handle(self, method: str, path: str, headers: Message, body: bytes) -> tuple[int, Any, dict[str, str]]:
         raise NotImplementedError
 
 
@@ -260,7 +261,7 @@ class KfpApi(_Server):
         ("POST", r"/recurringruns/([^/:]+):(enable|disable)", "_switch_schedule"),
     ]
 
-    def handle(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, Any, dict[str, str]]:
+    def handle(self, method: str, path: str, headers: Message, body: bytes) -> tuple[int, Any, dict[str, str]]:
         address = urlparse(path)
         place = unquote(address.path).removeprefix("/apis/v2beta1")
         self.query = {name: values[0] for name, values in parse_qs(address.query).items()}
@@ -444,7 +445,7 @@ class KubernetesApi(_Server):
         self.services: list[dict[str, Any]] = []
         self.forbidden = False
 
-    def handle(self, method: str, path: str, headers: dict[str, str], body: bytes) -> tuple[int, Any, dict[str, str]]:
+    def handle(self, method: str, path: str, headers: Message, body: bytes) -> tuple[int, Any, dict[str, str]]:
         place = urlparse(path).path
         self.requests.append((method, path, None))
         if self.forbidden:

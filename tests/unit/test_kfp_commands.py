@@ -492,17 +492,13 @@ def test_an_unknown_run(api: KfpApi, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_backend_that_is_away_for_a_moment_is_asked_again(
-    api: KfpApi, capsys: pytest.CaptureFixture[str], spec: dict[str, Any]
+    api: KfpApi, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any]
 ) -> None:
+    monkeypatch.setattr(backend, "PATIENCE_S", 30.0)
     api.frames = [("RUNNING", {"sft": "running"})] * 3 + [("SUCCEEDED", SUCCEEDED)]
     run = api.add_run(spec)
     api.refuse = [("GET", "/runs/[^/]+", 503, "upstream connect error")]
-    monkeypatched = backend.PATIENCE_S
-    backend.PATIENCE_S = 5.0
-    try:
-        code, _, err = follow(capsys, api, run)
-    finally:
-        backend.PATIENCE_S = monkeypatched
+    code, _, err = follow(capsys, api, run)
     assert code == 0
     assert "Trying again" in err
 
@@ -523,7 +519,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -542,9 +538,12 @@ def test_ctrl_c_without_a_terminal_leaves_the_run_and_says_how_to_go_on(
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for(lambda: len(api.asked("GET", "/runs/[^/]+")) > 3)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=30)
+    try:
+        wait_for(lambda: len(api.asked("GET", "/runs/[^/]+")) > 3)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=120)
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert f"avrt status {run} --follow" in err
     assert not api.asked("POST", r"/runs/[^/]+:terminate")
@@ -573,13 +572,17 @@ def test_ctrl_c_on_a_terminal_asks(api: KfpApi, tmp_path: Path, spec: dict[str, 
                 shown += os.read(ours, 65536)
         return shown
 
-    wait_for(lambda: read() and len(api.asked("GET", "/runs/[^/]+")) > 3)
-    child.send_signal(signal.SIGINT)
-    wait_for(lambda: b"watch?" in read())
-    os.write(ours, f"{answer}\n".encode())
-    wait_for(lambda: read() and child.poll() is not None)
-    read()
-    os.close(ours)
+    try:
+        wait_for(lambda: read() and len(api.asked("GET", "/runs/[^/]+")) > 3)
+        child.send_signal(signal.SIGINT)
+        wait_for(lambda: b"go on watching?" in read())
+        os.write(ours, f"{answer}\n".encode())
+        wait_for(lambda: read() and child.poll() is not None)
+        read()
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
     assert child.returncode == 130, shown
     assert bool(api.asked("POST", r"/runs/[^/]+:terminate")) == ended
     assert (b"was ended as asked" if ended else b"goes on") in shown
