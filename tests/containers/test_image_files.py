@@ -94,7 +94,7 @@ def checkout(tmp_path: Path) -> Path:
         "configs/one.py",
         "pyproject.toml",
         "images/train/Dockerfile",
-        "images/train/portable-c++",
+        "images/train/portable-cxx",
         "requirements/images/train-cpu.lock",
         "requirements/images/tools.lock",
         ".dockerignore",
@@ -389,7 +389,7 @@ def test_the_compiler_builds_for_any_processor_with_avx2(tmp_path: Path) -> None
     real = tmp_path / "g++"
     real.write_text('#!/bin/sh\nprintf "%s|" "$@"\n')
     real.chmod(0o755)
-    command = [ROOT / "images" / "train" / "portable-c++", "-O3", "-march=native", "-D__AVX512__", "-I", "a b"]
+    command = [ROOT / "images" / "train" / "portable-cxx", "-O3", "-march=native", "-D__AVX512__", "-I", "a b"]
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "-O3|-march=x86-64-v3|-D__AVX256__|-I|a b|"
