@@ -15,7 +15,7 @@ from rich.table import Table
 
 from avrt_lib.cli.console import err, out
 from avrt_lib.cli.options import find_config, overrides, resolve
-from avrt_lib.cluster.profile import PipelinesAccess, Profile, load_profile
+from avrt_lib.cluster.profile import PipelinesAccess, Profile, find_profile, load_profile
 from avrt_lib.errors import UsageError
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ PendingLimit = Annotated[
     typer.Option(min=1, help="End the run once a step has waited this long for its pod [the profile's].", metavar="S"),
 ]
 Pipeline = Annotated[str, typer.Option(help="avrt (the whole path), data, train or evaluate.")]
+Traces = Annotated[
+    str | None,
+    typer.Option(help="train: where the merged traces are: s3://BUCKET/traces/SHA256, or a place that its pods see."),
+]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Run every step, also those that have a result.")]
 Experiment = Annotated[str | None, typer.Option(help="The backend's experiment [the profile's].", metavar="NAME")]
 RUNS = Path("runs")
@@ -69,6 +73,8 @@ EPILOG_SUBMIT = """
 `avrt submit -c configs/avrt-7b.yaml --cluster configs/clusters/gke.yaml --token-env KFP_TOKEN --namespace me`
 
 `avrt submit -c configs/miniature.yaml --cluster configs/clusters/test.yaml --set seed=1 --detach`
+
+`avrt submit -c configs/avrt-3b.yaml --cluster eks --pipeline train --traces s3://avrt/traces/5e0c…`
 """
 EPILOG_SCHEDULE = """
 **Examples**
@@ -104,6 +110,7 @@ def submit(
     cluster: Cluster,
     settings: Settings = None,
     pipeline: Pipeline = "avrt",
+    traces: Traces = None,
     host: Host = None,
     namespace: Namespace = None,
     token_env: TokenEnv = None,
@@ -122,7 +129,7 @@ def submit(
     """
     from pipelines import submission
 
-    order, profile = _order(config, cluster, settings, pipeline, no_cache)
+    order, profile = _order(config, cluster, settings, pipeline, traces, no_cache)
     backend = _connect(host, namespace, token_env, cookie_env, profile)
     run_id = submission.submit(backend, order, experiment=experiment, run_name=run_name)
     if detach:
@@ -232,6 +239,7 @@ def schedule(
     cluster: MaybeCluster = None,
     settings: Settings = None,
     pipeline: Pipeline = "avrt",
+    traces: Traces = None,
     name: Annotated[str | None, typer.Option(help="The schedule's name [of pipeline and configuration].")] = None,
     host: Host = None,
     namespace: Namespace = None,
@@ -252,7 +260,7 @@ def schedule(
     if cron is None or config is None or cluster is None:
         raise UsageError("avrt schedule takes --cron, --config and --cluster, or list, enable, disable or delete.")
     when = housekeeping.cron(cron)
-    order, profile = _order(config, cluster, settings, pipeline, no_cache)
+    order, profile = _order(config, cluster, settings, pipeline, traces, no_cache)
     backend = _connect(host, namespace, token_env, cookie_env, profile)
     out.print(housekeeping.schedule(backend, order, when=when, name=name, experiment=experiment))
 
@@ -342,7 +350,7 @@ def gc(
     from pipelines import housekeeping
 
     older = housekeeping.age(older_than)
-    profile = load_profile(cluster)
+    profile = load_profile(find_profile(cluster))
     backend = _connect(host, namespace, token_env, cookie_env, profile)
     place = bucket or default_bucket() if os.environ.get("AVRT_S3_ENDPOINT") else None
     if place is None:
@@ -363,7 +371,7 @@ def gc(
 
 
 def _profile(path: Path | None) -> Profile | None:
-    return load_profile(path) if path else None
+    return load_profile(find_profile(path)) if path else None
 
 
 def _experiment(given: str | None, profile: Profile | None) -> str:
@@ -379,7 +387,7 @@ def _connect(
 
 
 def _order(
-    config: Path, cluster: Path, settings: list[str] | None, pipeline: str, no_cache: bool
+    config: Path, cluster: Path, settings: list[str] | None, pipeline: str, traces: str | None, no_cache: bool
 ) -> tuple[Order, Profile]:
     """What is to be run, from the command line's files; ``--set`` has the last word, the profile the one before."""
     from components.images import Images, built
@@ -388,7 +396,9 @@ def _order(
 
     if pipeline not in PIPELINES:
         raise UsageError(f"--pipeline takes {', '.join(PIPELINES)}, not {pipeline!r}.")
-    profile = load_profile(cluster)
+    if (pipeline == "train") != (traces is not None):
+        raise UsageError("--pipeline train needs --traces, and the other pipelines make their own.")
+    profile = load_profile(find_profile(cluster))
     changes: dict[str, Any] = overrides(
         settings=settings or [], dataset=[], unfiltered=False, overlap_splits=False, seed=None
     )
@@ -397,7 +407,7 @@ def _order(
         found = Images()
         err.print(f"No images were built here (make images): the run takes {found.pipeline} and its sisters.")
     return Order(
-        resolve(find_config(config), profile.overrides | changes), profile, found, pipeline, not no_cache
+        resolve(find_config(config), profile.overrides | changes), profile, found, pipeline, not no_cache, traces
     ), profile
 
 

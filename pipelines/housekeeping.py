@@ -74,7 +74,9 @@ def schedule(backend: Backend, order: Order, *, when: str, name: str | None, exp
         pipeline_version_reference=kfp_server_api.V2beta1PipelineVersionReference(
             pipeline_id=pipeline_id, pipeline_version_id=version_id
         ),
-        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters={}, pipeline_root=access.pipeline_root),
+        runtime_config=kfp_server_api.V2beta1RuntimeConfig(
+            parameters=order.parameters, pipeline_root=access.pipeline_root
+        ),
         service_account=access.service_account,
         trigger=trigger,
         max_concurrency="1",

@@ -28,6 +28,7 @@ class Order:
         images: the images' references.
         pipeline: one of ``pipelines.compile.PIPELINES``.
         cache: False runs every step, also those that the backend has a result of.
+        traces: where the merged traces are; only the pipeline ``train`` takes them.
     """
 
     config: Config
@@ -35,6 +36,12 @@ class Order:
     images: Images
     pipeline: str = "avrt"
     cache: bool = True
+    traces: str | None = None
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The parameters that have no default in the compiled pipeline."""
+        return {} if self.traces is None else {"traces": self.traces}
 
     @property
     def name(self) -> str:
@@ -86,7 +93,9 @@ def submit(backend: Backend, order: Order, *, experiment: str | None = None, run
         display_name=name,
         experiment_id=backend.experiment(experiment or access.experiment),
         pipeline_spec={"pipeline_spec": spec, "platform_spec": platform[0]} if platform else spec,
-        runtime_config=kfp_server_api.V2beta1RuntimeConfig(parameters={}, pipeline_root=access.pipeline_root),
+        runtime_config=kfp_server_api.V2beta1RuntimeConfig(
+            parameters=order.parameters, pipeline_root=access.pipeline_root
+        ),
         service_account=access.service_account,
     )
     return str(backend.create_run(body).run_id)
