@@ -35,6 +35,8 @@ log = logging.getLogger("avrt")
 
 #: A question type with at least this share of the validation questions counts by itself.
 _COMMON = 0.15
+#: A type with a smaller share of the rows than this is weighted as if it had this share.
+_RARE = 0.1
 _METRICS = {"loss": "loss", "mean_token_accuracy": "token accuracy"}
 #: Section tags of a teacher's own format that its reasoning may still hold.
 _TEACHER_TAGS = re.compile(r"</?[A-Z]{3,}>")
@@ -213,7 +215,8 @@ def schedule(
         seed: of the order and the dropout.
         dropout: the share of rows that lose a modality, where they have a target for the other.
         balance: how far the question types are evened out (ours; the filter keeps few of the types that one modality
-            cannot answer): a type of n rows gets a share of an epoch in proportion to n ** (1 - balance).
+            cannot answer): a type of n rows gets a share of an epoch in proportion to n ** (1 - balance), so that above
+            1 a rarer type gets more. The rows of a very rare one (below a tenth) are not repeated more than that.
 
     Returns:
         ``count`` pairs of the example's index and ``av``, ``audio_only`` or ``vision_only``.
@@ -221,7 +224,9 @@ def schedule(
     types: dict[str, list[int]] = {}
     for index, example in enumerate(examples):
         types.setdefault(example.sample.question_type, []).append(index)
-    shares = _whole_shares({name: len(rows) ** (1 - balance) for name, rows in types.items()}, len(examples))
+    floor = _RARE * len(examples)
+    weights = {name: len(rows) * max(len(rows), floor) ** -balance for name, rows in types.items()}
+    shares = _whole_shares(weights, len(examples))
     streams = {name: _reshuffled(rows, random.Random(f"{seed}/{name}")) for name, rows in types.items()}
     order: list[tuple[int, str]] = []
     epoch = 0
