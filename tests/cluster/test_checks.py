@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -313,15 +314,24 @@ def test_pools_are_looked_for_among_the_nodes(profile: Profile) -> None:
     assert "no node has pool=no-such-pool" in check.found
 
 
-@pytest.mark.parametrize("server", ["https://127.0.0.1:1", "https://192.0.2.1:6443"], ids=["refuses", "is silent"])
+@pytest.fixture(params=["refuses", "is silent"])
+def away(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The address of an API server that does not answer."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if request.param == "is silent":
+            server.listen()
+        yield f"https://127.0.0.1:{server.getsockname()[1]}"
+
+
 def test_an_api_server_that_is_away_is_one_finding_soon(
-    profile: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: str
+    profile: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, away: str
 ) -> None:
     path = tmp_path / "kubeconfig"
     document = {
         "apiVersion": "v1",
         "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": server}}],
+        "clusters": [{"name": "c", "cluster": {"server": away}}],
         "users": [{"name": "u", "user": {"token": "t"}}],
         "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "current-context": "c",
@@ -330,7 +340,7 @@ def test_an_api_server_that_is_away_is_one_finding_soon(
     monkeypatch.setenv("KUBECONFIG", str(path))
     started = time.monotonic()
     checks = cluster_checks(run_config(profile), profile)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 40
     assert [check.name for check in checks if check.status == "failed"] == ["Cluster"]
 
 

@@ -42,6 +42,7 @@ def test_without_balance_each_epoch_holds_every_row_once() -> None:
         (0.0, {"either": 90, "both": 10}),
         (0.5, {"either": 75, "both": 25}),
         (1.0, {"either": 50, "both": 50}),
+        (1.5, {"either": 25, "both": 75}),
     ],
 )
 def test_balance_evens_out_the_question_types(balance: float, expected: dict[str, int]) -> None:
@@ -51,6 +52,12 @@ def test_balance_evens_out_the_question_types(balance: float, expected: dict[str
     rare = Counter(index for index, _ in order if index >= 90)
     assert len(rare) == 10
     assert max(rare.values()) - min(rare.values()) <= 1
+
+
+def test_a_very_rare_type_is_not_repeated_without_end() -> None:
+    examples = rows(either=90, both=10, sound=1)
+    shares = types_of(schedule(examples, 101, seed=0, dropout=0.0, balance=1.0), examples)
+    assert shares["sound"] < shares["both"] / 5
 
 
 def test_dropout_takes_either_modality_from_its_share_of_rows() -> None:
