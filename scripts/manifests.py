@@ -209,7 +209,7 @@ def strict(schema: Any, *, partial: bool) -> Any:
         return [strict(item, partial=partial) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    result = {}
+    result: dict[str, Any] = {}
     for key, value in schema.items():
         if key == "properties":
             result[key] = {name: strict(child, partial=partial) for name, child in value.items()}
