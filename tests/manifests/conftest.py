@@ -34,11 +34,13 @@ class Cluster:
 
     kinds: set[tuple[str, str]] = field(default_factory=set)
 
-    def kubectl(self, *arguments: str, objects: list[Object] | None = None, check: bool = True) -> Any:
-        """Run kubectl; ``objects`` go to its standard input."""
+    def kubectl(
+        self, *arguments: str, objects: list[Object] | None = None, stdin: str | None = None, check: bool = True
+    ) -> Any:
+        """Run kubectl; ``objects``, or else ``stdin``, go to its standard input."""
         return subprocess.run(
             [str(manifests.TOOLS / "bin" / "kubectl"), *arguments],
-            input=yaml.safe_dump_all(objects) if objects else None,
+            input=yaml.safe_dump_all(objects) if objects else stdin,
             capture_output=True,
             text=True,
             check=check,
