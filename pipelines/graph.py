@@ -56,7 +56,10 @@ class Graph:
         """
         if self.options.cluster is None:
             return nullcontext()
-        return dsl.ExitHandler(self.task(component, components=",".join(components)), name="run")
+        handler: AbstractContextManager[Any] = dsl.ExitHandler(
+            self.task(component, components=",".join(components)), name="run"
+        )
+        return handler
 
 
 def sharded(component: Callable[..., Any], options: Options) -> Any:

@@ -357,7 +357,7 @@ def find_failure(backend: Backend, run: Any, rows: Sequence[Row], nodes: Sequenc
     """
     failed = sorted(
         (detail for detail in details_of(run) if detail.state == "FAILED"),
-        key=lambda detail: (detail.end_time is None, detail.end_time and detail.end_time.timestamp()),
+        key=lambda detail: detail.end_time.timestamp() if detail.end_time else float("inf"),
     )
     tasks = {row.task: row for row in rows}
     own = [detail for detail in failed if _is_pod(detail.display_name)]
