@@ -121,8 +121,9 @@ class Cluster:
         self.inside = inside
         settings = client.Configuration()
         try:
-            if os.environ.get("KUBECONFIG") or Path("~/.kube/config").expanduser().exists():
-                config.load_kube_config(client_configuration=settings)
+            named = os.environ.get("KUBECONFIG")
+            if named or Path("~/.kube/config").expanduser().exists():
+                config.load_kube_config(named or None, client_configuration=settings)
             else:
                 config.load_incluster_config(client_configuration=settings)
         except (config.ConfigException, OSError, yaml.YAMLError) as error:
