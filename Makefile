@@ -14,7 +14,7 @@ ARGS ?=
 .PHONY: help setup run test lint types check lock docs bench clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv from the committed lock (cpu or cuda, by the machine)
 	@command -v python3 >/dev/null || { echo "Missing: Python (apt-get install python3.11 python3.11-venv)." >&2; exit 7; }

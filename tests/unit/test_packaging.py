@@ -103,11 +103,11 @@ def test_links_between_documents_lead_somewhere() -> None:
 
 
 def test_documented_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), ROOT / ".ci" / "run"]
     for page in pages:
         for name in re.findall(
-            r"(?:^|`)make (?:--no-print-directory )?([a-z]+)(?![\w+])", page.read_text(), re.MULTILINE
+            r"(?:^|`)make (?:--no-print-directory )?([a-z-]+)(?![\w+])", page.read_text(), re.MULTILINE
         ):
             assert name in targets, f"{page.name} names make {name}"
 
