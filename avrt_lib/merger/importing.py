@@ -75,7 +75,7 @@ def _own(path: Path, known: dict[str, Sample], max_words: int) -> Iterator[Merge
         sample = known.get(name)
         if sample is None:
             raise DataError(f"{path}, line {number}: there is no training sample {name!r}.")
-        if letter not in LETTERS[: len(sample.options)]:
+        if len(letter) != 1 or letter not in LETTERS[: len(sample.options)]:
             raise DataError(f"{path}, line {number}: the answer is one letter of the options, not {letter!r}.")
         index = LETTERS.index(letter)
         words = answers.count_words(reasoning)

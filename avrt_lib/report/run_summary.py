@@ -57,9 +57,9 @@ def run(config: Config, *, workspace: Workspace, summary: Path, status: str, com
         log.exception("report.html could not be written")
     uri = None
     if run_reports.enabled():
-        for path, kind in ((folder.summary_file, "application/json"), (folder.report_file, "text/html")):
-            if path.exists():
-                uri = uri or run_reports.put_document(path.name, path.read_bytes(), kind)
+        uri = run_reports.put_document(folder.summary_file.name, folder.summary_file.read_bytes(), "application/json")
+        if folder.report_file.exists():
+            run_reports.put_document(folder.report_file.name, folder.report_file.read_bytes(), "text/html")
     tracking.end_parent(config, succeeded=document["status"] == "succeeded")
     print(LINE + json.dumps(document, ensure_ascii=False, separators=(",", ":")), flush=True)
     return {"run_status": document["status"], "uri": uri, "run": os.environ.get(run_reports.RUN_ID)}

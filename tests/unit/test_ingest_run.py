@@ -130,7 +130,7 @@ def test_too_few_clips_stand_in_all_splits_until_the_gate(
     data = write_avqa(tmp_path / "data", clip, ["a", "b", "c"], questions=9)
     with caplog.at_level(logging.WARNING):
         facts = run(one_source(data), tmp_path)
-    assert facts["splits"] == {"train": 9, "validation": 9, "test": 9}
+    assert facts["splits"] == {"train": 27, "validation": 27, "test": 27}
     assert "3 clips are too few to split" in caplog.text
 
 
