@@ -19,6 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -257,16 +258,14 @@ def custom_problems(
 
 def checkov_problems(rendered: list[Build]) -> dict[str, list[str]]:
     """What checkov has against each build."""
-    folder = RENDERED / "checkov"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for build in rendered:
-        text = yaml.safe_dump_all(build.objects, sort_keys=False)
-        (folder / f"{build.name.replace('/', '--')}.yaml").write_text(text, encoding="utf-8")
-    command = [str(TOOLS / "bin" / "checkov"), "--directory", str(folder), "--framework", "kubernetes"]
-    command += ["--skip-download", "--quiet", "--compact", "--soft-fail", "--output", "json"]
-    command += ["--skip-check", ",".join(SKIPPED_CHECKS)]
-    report = json.loads(_run(command))
+    with tempfile.TemporaryDirectory() as folder:
+        for build in rendered:
+            text = yaml.safe_dump_all(build.objects, sort_keys=False)
+            (Path(folder) / f"{build.name.replace('/', '--')}.yaml").write_text(text, encoding="utf-8")
+        command = [str(TOOLS / "bin" / "checkov"), "--directory", folder, "--framework", "kubernetes"]
+        command += ["--skip-download", "--quiet", "--compact", "--soft-fail", "--output", "json"]
+        command += ["--skip-check", ",".join(SKIPPED_CHECKS)]
+        report = json.loads(_run(command))
     found: dict[str, list[str]] = {build.name: [] for build in rendered}
     if report.get("passed") == 0 and "results" not in report:
         raise Unmet("checkov found nothing to check.")
