@@ -14,7 +14,7 @@ from avrt_lib.config import Config, load
 from avrt_lib.errors import DataError
 from avrt_lib.ingest.fingerprint import fingerprint
 from avrt_lib.tables import atomic_path
-from components.images import DEFAULT, Images
+from components.images import DEFAULT, Images, built
 from pipelines.options import Options, config_parameter
 
 #: The graphs: modules of this package with a ``build``.
@@ -77,16 +77,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipelines.compile", description=__doc__)
     parser.add_argument("config", type=Path, help="a configuration file (YAML or JSON)")
     parser.add_argument("output", type=Path, help="the YAML file to write")
-    parser.add_argument("--pipeline-image", default=DEFAULT.pipeline)
-    parser.add_argument("--train-image", default=DEFAULT.train)
-    parser.add_argument("--vllm-image", default=DEFAULT.vllm)
+    for name in ("pipeline", "train", "vllm"):
+        parser.add_argument(f"--{name}-image", help="by default what `make images` built, for a cluster")
     parser.add_argument("--pipeline", choices=PIPELINES, default="avrt")
     parser.add_argument("--cluster", type=Path, help="a cluster profile")
     parser.add_argument("--kubernetes", action="store_true", help="write Pipeline and PipelineVersion objects")
     given = parser.parse_args(arguments)
-    images = Images(given.pipeline_image, given.train_image, given.vllm_image)
     config = load(given.config)
     cluster = load_profile(given.cluster) if given.cluster else None
+    found = built(registry=cluster.registry, variant=cluster.build) if cluster else None
+    images = found or DEFAULT
+    images = Images(
+        given.pipeline_image or images.pipeline, given.train_image or images.train, given.vllm_image or images.vllm
+    )
     compile_pipeline(
         config,
         given.output,
