@@ -188,7 +188,7 @@ def _connect() -> Any:
         else:
             config.load_incluster_config(client_configuration=settings)
     except config.ConfigException as error:
-        raise PodsUnreadable(f"no access to the cluster: {_line(error)}; KUBECONFIG names one") from error
+        raise PodsUnreadable(f"no access to the cluster: {_line(error).rstrip('.')}; KUBECONFIG names one") from error
     settings.retries = False
     return client.ApiClient(settings)
 

@@ -99,7 +99,7 @@ class Watch:
         try:
             return Pods(self.backend.namespace)
         except PodsUnreadable as problem:
-            _say(f"The reasons of waiting pods are not shown ({problem}).")
+            _say(f"What Kubernetes says of the pods is not shown ({problem}).")
             return None
 
     def follow(self, runs_dir: Path) -> int:
@@ -288,7 +288,8 @@ def show(backend: Backend, run_id: str, runs_dir: Path) -> None:
         state = states[row.task]
         count = f"{state.done}/{state.total}" if state.total else ""
         style = STYLES.get(state.status, "bold")
-        table.add_row(row.shown, f"[{style}]{state.status}[/]", count, clock(state.seconds), escape(state.note))
+        status = "not run" if over and state.status == "waiting" else state.status
+        table.add_row(row.shown, f"[{style}]{status}[/]", count, clock(state.seconds), escape(state.note))
     out.print(table)
     if over:
         watch.conclude(run, rows, runs_dir)
