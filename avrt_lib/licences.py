@@ -7,14 +7,11 @@ last word: each entry links to it. This is no legal advice.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from avrt_lib.config import HUB, Config, EngineConfig, StudentConfig
 from avrt_lib.hub.folder import slug
 from avrt_lib.models import BUILTIN
-
-if TYPE_CHECKING:
-    from avrt_lib.preflight.checks import Check
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,28 +83,3 @@ def licences_of(config: Config) -> dict[str, Licence | None]:
     engines = (config.teachers.vision.engine, config.teachers.audio.engine, config.merger.engine)
     references = [*(engine.model for engine in engines), config.student.model]
     return {reference: find(reference) for reference in references if not reference.startswith(BUILTIN)}
-
-
-def licence_checks(config: Config) -> list[Check]:
-    """One check for each model of a configuration: a restricted licence warns until its id is accepted.
-
-    ``accepted_licences`` takes the id in the table, or the reference as the configuration has it.
-    """
-    from avrt_lib.preflight.checks import OK, WARNING, Check
-
-    checks = []
-    for reference, licence in licences_of(config).items():
-        label = f"Licence {reference}"
-        if licence is None:
-            accepted, found = reference in config.accepted_licences, "not known here"
-            mend = f"read its card, then add {reference} to accepted_licences"
-        else:
-            accepted = licence.commercial == "yes" or bool({licence.model, reference} & set(config.accepted_licences))
-            uses = {"yes": "commercial use allowed", "no": "not for commercial use", "conditions": "under conditions"}
-            found = f"{licence.licence}, {uses[licence.commercial]}"
-            mend = (
-                f"read {licence.card}, then add {licence.model} to accepted_licences, or use another model "
-                "(docs/models.md)"
-            )
-        checks.append(Check(label, OK, found) if accepted else Check(label, WARNING, found, mend))
-    return checks

@@ -15,8 +15,7 @@ from typing import Any
 
 from kfp import kubernetes
 
-from avrt_lib.cluster.checks import PROFILE, secret_variables
-from avrt_lib.cluster.profile import Pool, Profile
+from avrt_lib.cluster.profile import VARIABLE, Pool, Profile, secret_variables
 
 #: Labels that the backend puts on every pod of a run.
 RUN_LABEL = "pipeline/runid"
@@ -42,7 +41,7 @@ def place(task: Any, step: str, profile: Profile, data_hash: str) -> None:
     _lifetime(task, pool, retries=0 if step == "preflight" else pool.retries)
     _environment(task, profile, data_hash, lenient=step in LENIENT)
     if step == "preflight":
-        task.set_env_variable(PROFILE, profile.model_dump_json(exclude_defaults=True))
+        task.set_env_variable(VARIABLE, profile.model_dump_json(exclude_defaults=True))
     _pod(task, step, profile)
 
 

@@ -31,22 +31,19 @@ def examine(config_file: Path | None, runs_dir: Path, port: int, cluster: Path |
         return _examine_cluster(config_file or DEFAULT_CONFIG, cluster)
     found = checks.for_machine(runs_dir, port=port)
     if config_file is not None:
-        from avrt_lib.licences import licence_checks
-
         config = resolve(find_config(config_file), {})
         found += [*checks.sources(config), *checks.models(config, local=True), *checks.endpoints(config)]
-        found += licence_checks(config)
+        found += checks.licence_checks(config)
     return show(found, "This machine")
 
 
 def _examine_cluster(config_file: Path, cluster: Path) -> int:
-    from avrt_lib.cluster.checks import cluster_checks
     from avrt_lib.cluster.profile import find_profile, load_profile
-    from avrt_lib.licences import licence_checks
+    from avrt_lib.preflight.cluster import cluster_checks
 
     profile = load_profile(find_profile(cluster))
     config = resolve(find_config(config_file), profile.overrides)
-    return show([*cluster_checks(config, profile), *licence_checks(config)], f"{config.name} on {profile.name}")
+    return show([*cluster_checks(config, profile), *checks.licence_checks(config)], f"{config.name} on {profile.name}")
 
 
 def show(found: list[checks.Check], title: str) -> int:

@@ -7,7 +7,9 @@ where models are served.
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +19,8 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from avrt_lib.config import Section, validation_message
 from avrt_lib.errors import ConfigError
 
+#: Holds the profile, as JSON, in the pod of a run's first step.
+VARIABLE = "AVRT_CLUSTER_PROFILE"
 #: The roles that pools stand for, and the steps of each.
 ROLES: dict[str, tuple[str, ...]] = {
     "cpu": (
@@ -250,3 +254,29 @@ def load_profile(path: Path) -> Profile:
         return Profile.model_validate(document)
     except ValidationError as error:
         raise ConfigError(f"{path}: {validation_message(error)}.") from error
+
+
+def profile_of_pod() -> Profile | None:
+    """The profile that this pod's run was compiled for, or None outside of a cluster's run."""
+    text = os.environ.get(VARIABLE)
+    return Profile.model_validate_json(text) if text else None
+
+
+def secret_variables(profile: Profile) -> dict[str, dict[str, str]]:
+    """What the pods' environment takes from secrets: secret -> {key: variable}."""
+    found: dict[str, dict[str, str]] = {}
+
+    def add(secret: str | None, keys: Mapping[str, str]) -> None:
+        if secret:
+            found.setdefault(secret, {}).update(keys)
+
+    add(profile.store.secret, {"access_key": "AVRT_S3_ACCESS_KEY", "secret_key": "AVRT_S3_SECRET_KEY"})
+    if profile.tracking:
+        add(
+            profile.tracking.secret,
+            {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"},
+        )
+    add(profile.api_key_secret, {"api_key": "AVRT_API_KEY"})
+    for secret, keys in profile.secret_env.items():
+        add(secret, keys)
+    return found

@@ -36,7 +36,8 @@ def run(config: Config, *, workspace: Workspace, checks: Path) -> dict[str, Any]
         EnvironmentProblem: where a check failed; the message says what to do.
         DataError: where a source is missing or damaged.
     """
-    from avrt_lib.cluster.checks import cluster_checks, profile_of_pod
+    from avrt_lib.cluster.profile import profile_of_pod
+    from avrt_lib.preflight.cluster import cluster_checks
 
     profile = profile_of_pod()
     on_cluster = cluster_checks(config, profile) if profile else []

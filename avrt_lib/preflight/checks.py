@@ -80,8 +80,6 @@ def for_run(config: Config, folder: Path, profile: Profile | None = None) -> Ite
         DataError: where a source is missing or damaged.
         ConfigError: where a source has an unknown format.
     """
-    from avrt_lib.licences import licence_checks
-
     local = "AVRT_RUN" in os.environ
     yield python()
     yield packages("pipeline")
@@ -254,6 +252,31 @@ def models(config: Config, *, local: bool, profile: Profile | None = None) -> li
             checks.append(Check(f"Model {key}", FAILED if fatal else WARNING, str(error).rstrip(".")))
         else:
             checks.append(Check(f"Model {key}", OK, reference))
+    return checks
+
+
+def licence_checks(config: Config) -> list[Check]:
+    """One check for each model of a configuration: a restricted licence warns until its id is accepted.
+
+    ``accepted_licences`` takes the id in the table, or the reference as the configuration has it.
+    """
+    from avrt_lib.licences import licences_of
+
+    checks = []
+    for reference, licence in licences_of(config).items():
+        label = f"Licence {reference}"
+        if licence is None:
+            accepted, found = reference in config.accepted_licences, "not known here"
+            mend = f"read its card, then add {reference} to accepted_licences"
+        else:
+            accepted = licence.commercial == "yes" or bool({licence.model, reference} & set(config.accepted_licences))
+            uses = {"yes": "commercial use allowed", "no": "not for commercial use", "conditions": "under conditions"}
+            found = f"{licence.licence}, {uses[licence.commercial]}"
+            mend = (
+                f"read {licence.card}, then add {licence.model} to accepted_licences, or use another model "
+                "(docs/models.md)"
+            )
+        checks.append(Check(label, OK, found) if accepted else Check(label, WARNING, found, mend))
     return checks
 
 

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from kubernetes import client, utils
 
-from avrt_lib.cluster.checks import cluster_checks
 from avrt_lib.cluster.profile import Profile, load_profile
 from avrt_lib.config import Config, load
 from avrt_lib.preflight.checks import Check
+from avrt_lib.preflight.cluster import cluster_checks
 from tests.cluster.simulated import wait_for
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -331,8 +331,8 @@ def test_third_party_images_stand_by_version() -> None:
 def test_the_builder_gets_the_index_but_no_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     configuration = tmp_path / "pip.conf"
     configuration.write_text(
-        "[global]\nindex-url = https://u:p@pip.example.com/simple\ncert = /etc/ca.pem\nfind-links = /opt/wheels\n"
-        "extra-index-url = file:///opt/simple https://more.example.com/simple\nconstraint = /etc/c.txt\n",
+        "[global]\nindex-url = https://u:p@pip.example.com/simple\ncert = /etc/ca.pem\nfind-links = /srv/wheels\n"
+        "extra-index-url = file:///srv/example-index https://more.example.com/simple\nconstraint = /etc/c.txt\n",
         encoding="utf-8",
     )
     for name in [name for name in os.environ if name.startswith("PIP_")]:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from kubernetes import client
 
-from avrt_lib.cluster.checks import _quota, retry_policy, secret_variables
-from avrt_lib.cluster.profile import Pool, Profile, load_profile
+from avrt_lib.cluster.profile import Pool, Profile, load_profile, secret_variables
 from avrt_lib.config import load
 from avrt_lib.preflight.checks import Check
+from avrt_lib.preflight.cluster import _quota, retry_policy
 from avrt_lib.preflight.fit import fit
 from avrt_lib.preflight.nodes import pool_check
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from avrt_lib.config import Config, load
-from avrt_lib.licences import KNOWN, find, licence_checks, loaded_models
+from avrt_lib.licences import KNOWN, find, loaded_models
+from avrt_lib.preflight.checks import licence_checks
 
 ROOT = Path(__file__).resolve().parents[2]
 SHA = "a" * 64

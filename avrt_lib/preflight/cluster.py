@@ -16,46 +16,18 @@ from typing import Any
 
 import yaml
 
-from avrt_lib.cluster.profile import Pool, Profile, amount
+from avrt_lib.cluster.profile import VARIABLE, Pool, Profile, amount, secret_variables
 from avrt_lib.config import Config
 from avrt_lib.errors import EnvironmentProblem
 from avrt_lib.preflight.checks import FAILED, OK, UNKNOWN, WARNING, Check, endpoints
 from avrt_lib.preflight.fit import fit
 from avrt_lib.preflight.nodes import pool_check
 
-#: Holds the profile, as JSON, in the pod of the first step.
-PROFILE = "AVRT_CLUSTER_PROFILE"
 #: For all questions to the API server together, and for one.
 TIME_LIMIT_S, CALL_S = 35.0, 5.0
 _KSERVE = "serving.kserve.io"
 _KUEUE = "kueue.x-k8s.io"
 _ARGO_SETTINGS = "workflow-controller-configmap"
-
-
-def profile_of_pod() -> Profile | None:
-    """The profile that this pod's run was compiled for, or None outside of a cluster's run."""
-    text = os.environ.get(PROFILE)
-    return Profile.model_validate_json(text) if text else None
-
-
-def secret_variables(profile: Profile) -> dict[str, dict[str, str]]:
-    """What the pods' environment takes from secrets: secret -> {key: variable}."""
-    found: dict[str, dict[str, str]] = {}
-
-    def add(secret: str | None, keys: Mapping[str, str]) -> None:
-        if secret:
-            found.setdefault(secret, {}).update(keys)
-
-    add(profile.store.secret, {"access_key": "AVRT_S3_ACCESS_KEY", "secret_key": "AVRT_S3_SECRET_KEY"})
-    if profile.tracking:
-        add(
-            profile.tracking.secret,
-            {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"},
-        )
-    add(profile.api_key_secret, {"api_key": "AVRT_API_KEY"})
-    for secret, keys in profile.secret_env.items():
-        add(secret, keys)
-    return found
 
 
 def cluster_checks(config: Config, profile: Profile) -> list[Check]:
@@ -70,7 +42,7 @@ def cluster_checks(config: Config, profile: Profile) -> list[Check]:
     """
     from avrt_lib.preflight.services import manifests_check, store_check, tracking_check
 
-    inside = PROFILE in os.environ
+    inside = VARIABLE in os.environ
     variables = {name for keys in secret_variables(profile).values() for name in keys.values()}
     checks = list(fit(config, profile, variables | set(profile.environment)))
     checks += endpoints(config, inside=inside)
