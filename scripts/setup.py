@@ -236,7 +236,10 @@ def install_lock(python: str, lock: Path, env: dict[str, str], leave_out: set[st
         handle.write("\n".join(kept) + "\n")
         handle.flush()
         arguments = ["--no-deps", "-r", handle.name]
-        if subprocess.run([python, "-m", "uv", "pip", "install", *arguments], cwd=ROOT, env=env).returncode != 0:
+        # Compiled here, as pip does, so that no step's process compiles vLLM's and transformers' modules once more: a
+        # machine may forbid Python to write what it compiled (PYTHONDONTWRITEBYTECODE).
+        command = [python, "-m", "uv", "pip", "install", "--compile-bytecode", *arguments]
+        if subprocess.run(command, cwd=ROOT, env=env).returncode != 0:
             print("uv could not install the lock; trying pip, which is slower.", flush=True)
             run([python, "-m", "pip", "install", "--no-input", *arguments], f"Installing {lock}")
 
