@@ -125,12 +125,20 @@ RUNS = "kubeflow:pipeline-runner"
 @pytest.mark.parametrize(
     ("account", "allowed", "what"),
     [
-        *((RUNS, True, f"{verb} inferenceservices.serving.kserve.io -n avrt") for verb in ("create", "patch", "watch")),
-        (RUNS, False, "delete inferenceservices.serving.kserve.io -n avrt"),
+        *(
+            (RUNS, True, f"{verb} inferenceservices.serving.kserve.io -n avrt")
+            for verb in ("get", "list", "watch", "create", "patch", "update", "delete")
+        ),
+        (RUNS, False, "deletecollection inferenceservices.serving.kserve.io -n avrt"),
         (RUNS, False, "create inferenceservices.serving.kserve.io -n kubeflow"),
         (RUNS, True, "get servingruntimes.serving.kserve.io -n avrt"),
         (RUNS, False, "patch servingruntimes.serving.kserve.io -n avrt"),
+        (RUNS, True, "get serviceaccounts -n avrt"),
+        (RUNS, False, "create serviceaccounts --subresource=token -n avrt"),
+        *((RUNS, True, f"{verb} leases.coordination.k8s.io -n avrt") for verb in ("get", "create", "update")),
+        (RUNS, False, "delete leases.coordination.k8s.io -n avrt"),
         (RUNS, True, "list deployments.apps -n avrt"),
+        (RUNS, True, "list replicasets.apps -n avrt"),
         (RUNS, False, "patch deployments.apps -n avrt"),
         (RUNS, True, "get pods -n avrt"),
         (RUNS, True, "get pods --subresource=log -n avrt"),
@@ -138,7 +146,8 @@ RUNS = "kubeflow:pipeline-runner"
         (RUNS, False, "create pods -n avrt"),
         (RUNS, True, "list events -n avrt"),
         (RUNS, True, "list events -n kubeflow"),
-        (RUNS, True, "get resourcequotas -n kubeflow"),
+        (RUNS, True, "list resourcequotas -n kubeflow"),
+        (RUNS, True, "list resourcequotas -n avrt"),
         (RUNS, False, "get secrets -n avrt"),
         (RUNS, False, "get secrets/avrt-models-s3 -n avrt"),
         (RUNS, False, "create rolebindings.rbac.authorization.k8s.io -n avrt"),
