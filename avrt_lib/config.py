@@ -26,6 +26,9 @@ HUB = "hub:"
 #: Beside the configuration files: which commit of each hub model is meant, and where its files lie (``avrt models``).
 MODELS_LOCK = "models.lock"
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+#: What git may be sent to; it would run a program for ``ext::``, and take a leading dash for an option.
+_GIT_ADDRESS = re.compile(r"(https://|ssh://|file:///|/|[\w.-]+@[\w.-]+:)[^\s]+$")
+_PASSWORD = re.compile(r"\w+://[^/@]*:[^/@]*@|https://[^/]*@")
 
 
 def _sourced(default: Any, source: str, **constraints: Any) -> Any:
@@ -298,6 +301,38 @@ class PromotionConfig(Section):
     parity_tolerance: float = Field(0.05, gt=0, description="largest difference of a log-probability")
 
 
+class GitConfig(Section):
+    """How a promotion enters the repository that the cluster follows (target ``git``)."""
+
+    mode: Literal["push", "pull_request"] = Field("push", description="onto the branch, or for others to merge")
+    token_env: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="environment variable with the token for git over https and for the forge",
+    )
+    forge: Literal["github", "gitlab", "gitea"] | None = Field(None, description="pull_request: whose API it is")
+    api_url: str | None = Field(
+        None,
+        pattern=r"^(https://|http://(localhost|127\.0\.0\.1)[:/])[^\s@]+$",  # it gets the token
+        description="pull_request: None takes the forge's usual address at the repository's host",
+    )
+    project: str | None = Field(
+        None, pattern=r"^[\w.~-]+(/[\w.~-]+)+$", description="pull_request: OWNER/NAME; None takes the URL's path"
+    )
+    signing: Literal["gpg", "ssh"] | None = Field(None, description="sign commits; None leaves it to git's settings")
+    signing_key: str | None = Field(
+        None, pattern=r"^[^-].*$", description="gpg: id of the key, ssh: its file; None takes git's user.signingKey"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.mode == "pull_request" and not (self.forge and self.token_env):
+            raise ValueError("mode pull_request needs forge, and token_env, the variable that holds the forge's token")
+        if self.signing_key and not self.signing:
+            raise ValueError("signing_key needs signing: gpg or ssh")
+        return self
+
+
 class DeploymentConfig(Section):
     """Where the champion is served."""
 
@@ -313,13 +348,19 @@ class DeploymentConfig(Section):
     memory: str = Field("16Gi", description="cluster: memory of the predictor, as a Kubernetes quantity")
     gpus: int = Field(1, ge=0, description="cluster: GPUs of the predictor")
     manifests_url: str | None = Field(None, description="git: the repository that the cluster follows")
-    manifests_branch: str = "main"
+    manifests_branch: str = Field("main", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")
     manifests_path: str = Field("models", description="git: folder of the model's folder; relative, without ..")
+    git: GitConfig = Field(default_factory=GitConfig)
 
     @model_validator(mode="after")
     def _git_has_a_repository(self) -> Self:
         if self.target == "git" and not self.manifests_url:
             raise ValueError("target git needs manifests_url, the repository that the cluster follows")
+        if self.manifests_url and not _GIT_ADDRESS.match(self.manifests_url):
+            raise ValueError("manifests_url must be an address that starts with https, ssh or file, or USER@HOST:PATH")
+        if self.manifests_url and _PASSWORD.match(self.manifests_url):
+            # The configuration is kept with the run and shown to everybody who may see it.
+            raise ValueError("manifests_url must not hold a password: name the token's variable in git.token_env")
         if self.manifests_path.startswith("/") or ".." in self.manifests_path.split("/"):
             raise ValueError("manifests_path must be a relative path without ..")
         return self

@@ -207,7 +207,7 @@ def _finishing(run: StepRun) -> Iterator[None]:
 def register_champion(uri: str, name: str, tags: Mapping[str, str]) -> int | None:
     """Register a published model and point the alias ``champion`` at it.
 
-    A model that is registered already (the same address) keeps its version.
+    A model that is registered already (the same address) keeps its version, and the run that made it (tag ``run``).
 
     Args:
         uri: where the model is published.
@@ -236,12 +236,32 @@ def register_champion(uri: str, name: str, tags: Mapping[str, str]) -> int | Non
         known = [v for v in client.search_model_versions(f"name = '{name}'") if v.source == uri]
         run_id = _active.run_id if _active is not None else None
         found = known[0] if known else client.create_model_version(name, source=uri, run_id=run_id)
-        for key, value in tags.items():
+        origin = {"run": os.environ[RUN_ID]} if os.environ.get(RUN_ID) and "run" not in (found.tags or {}) else {}
+        for key, value in {**tags, **origin}.items():
             client.set_model_version_tag(name, found.version, key, value)
         client.set_registered_model_alias(name, CHAMPION, found.version)
     except _tracking_failures() as error:
         raise StoreError(f"MLflow at {tracking_uri} did not register {name} ({uri}): {_line(error)}.") from error
     return int(found.version)
+
+
+def tag_version(name: str, version: int | None, tags: Mapping[str, str]) -> None:
+    """Let a registered model's version point at where it went; what cannot be sent is dropped with a warning.
+
+    Args:
+        name: the registered model.
+        version: None does nothing, since such a model is not registered.
+        tags: ``commit``, ``inference_service`` (NAMESPACE/NAME), ``pull_request``.
+    """
+    uri = os.environ.get(URI)
+    if not uri or version is None:
+        return
+    try:
+        client = _client(uri)
+        for key, value in tags.items():
+            client.set_model_version_tag(name, str(version), key, value)
+    except _tracking_failures() as error:
+        log.warning("MLflow at %s did not take the tags of %s version %s: %s", uri, name, version, _line(error))
 
 
 def flat(config: Config) -> dict[str, Any]:

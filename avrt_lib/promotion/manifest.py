@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from avrt_lib.config import Config
 from avrt_lib.errors import ConfigError
+from avrt_lib.tracking import DATA_HASH, RUN_ID
 
 if TYPE_CHECKING:
     from kserve import V1beta1InferenceService
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
 
 #: KServe builds the host name NAME-predictor-NAMESPACE, a DNS label of at most 63 characters.
 LONGEST_NAME_AND_NAMESPACE = 52
+
+#: Annotations: what is served, and where it comes from.
+MODEL_SHA256 = "avrt/model-sha256"
+MODEL_VERSION = "avrt/model-version"
+RUN = "avrt/run"
+DATA = "avrt/data-hash"
 
 
 def check_names(config: Config) -> None:
@@ -45,7 +53,8 @@ def launcher_arguments(config: Config) -> list[str]:
 def inference_service(config: Config, place: ModelPlace, version: int | None) -> V1beta1InferenceService:
     """The InferenceService of a published model.
 
-    Quantities are canonical and no field is empty, so that the stored object does not differ from this one.
+    Quantities are canonical and no field is empty, so that the stored object does not differ from this one. Its
+    annotations name the model, and the run and the data that ``AVRT_RUN_ID`` and ``AVRT_DATA_HASH`` name.
 
     Args:
         config: ``promotion.model_name``, ``deployment`` and ``student`` are read.
@@ -70,16 +79,20 @@ def inference_service(config: Config, place: ModelPlace, version: int | None) ->
     resources = {"cpu": deployment.cpu, "memory": deployment.memory}
     if deployment.gpus:
         resources["nvidia.com/gpu"] = str(deployment.gpus)
-    annotations = {"serving.kserve.io/deploymentMode": "Standard", "avrt/model-sha256": place.sha256}
-    if version is not None:
-        annotations["avrt/model-version"] = str(version)
+    annotations = {
+        "serving.kserve.io/deploymentMode": "Standard",
+        MODEL_SHA256: place.sha256,
+        MODEL_VERSION: None if version is None else str(version),
+        RUN: os.environ.get(RUN_ID),
+        DATA: os.environ.get(DATA_HASH),
+    }
     return V1beta1InferenceService(
         api_version=constants.KSERVE_V1BETA1,
         kind=constants.KSERVE_KIND_INFERENCESERVICE,
         metadata=V1ObjectMeta(
             name=config.promotion.model_name,
             namespace=deployment.namespace,
-            annotations=annotations,
+            annotations={key: value for key, value in annotations.items() if value},
             labels={"app.kubernetes.io/name": config.promotion.model_name, "app.kubernetes.io/part-of": "avrt"},
         ),
         spec=V1beta1InferenceServiceSpec(

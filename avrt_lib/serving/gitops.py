@@ -3,111 +3,298 @@
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
+import random
 import tempfile
-from pathlib import Path
+import time
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
+
+from avrt_lib import tracking
 from avrt_lib.config import Config
-from avrt_lib.errors import EnvironmentProblem, ServingError, UsageError
-from avrt_lib.tables import atomic_path, write_json
+from avrt_lib.errors import ServingError, UsageError
+from avrt_lib.promotion import manifest as isvc
+from avrt_lib.serving.forges import open_pull_request
+from avrt_lib.serving.git import Repository, TryAgain
 
 log = logging.getLogger("avrt.serving")
 
-_PUSHES = 3
-_TIMEOUT_S = 120
+_TRIES = 12
+_LONGEST_WAIT_S = 4.0
 MANIFEST_FILE = "inferenceservice.yaml"
-EVIDENCE_FILE = "evidence.json"
+#: Not JSON: Argo CD takes every JSON file of a plain folder for an object of the cluster.
+EVIDENCE_FILE = "evidence.md"
 
 
-def commit_manifest(config: Config, manifest: Path, decision: dict[str, Any]) -> str:
-    """Put the champion's manifest and its evidence into the repository and push.
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What became of a promotion in the repository.
 
-    Somebody else's push in between is taken in and the commit made anew. Where the branch holds the same manifest
-    already, nothing is committed. Credentials are git's own business (SSH agent, credential helper).
+    Attributes:
+        commit: the commit that holds the champion's manifest.
+        pull_request: its address, where others are to merge the commit.
+    """
+
+    commit: str
+    pull_request: str | None = None
+
+    def __str__(self) -> str:
+        return self.commit if self.pull_request is None else f"{self.commit} (to be merged: {self.pull_request})"
+
+
+def commit_manifest(config: Config, manifest: Path, decision: dict[str, Any]) -> Change:
+    """Put the champion's manifest and its evidence into the repository, by a push or a pull request.
+
+    Whatever others push meanwhile is taken in, and the commit made anew on top of it. Where the branch holds the same
+    model with the same settings already, nothing is committed, and an open pull request is found again: a promotion
+    that was killed, wherever it was, goes on by being called again. The model's version in the registry gets the commit
+    as a tag.
 
     Args:
-        config: ``deployment.manifests_url``, ``…_branch`` and ``…_path``; the files go to
-            ``PATH/MODEL_NAME/inferenceservice.yaml`` and ``evidence.json``.
+        config: ``deployment.manifests_url``, ``…_branch``, ``…_path`` and ``deployment.git``; the files go to
+            ``PATH/MODEL_NAME/inferenceservice.yaml`` and ``evidence.md``.
         manifest: the InferenceService.
         decision: promotion's; its test goes into the commit message and the evidence.
 
-    Returns:
-        The commit that holds the manifest.
-
     Raises:
+        ConfigError: where the variable that should hold the token is not set.
         EnvironmentProblem: where git is not installed.
-        ServingError: where the repository cannot be cloned or pushed to; the message holds git's reason.
+        ServingError: where the repository or the forge refuses, or holds a newer version of the model; the message has
+            the reason and the mend.
     """
-    url = config.deployment.manifests_url
-    if not url:
+    if not config.deployment.manifests_url:
         raise UsageError("deployment.manifests_url is not set: name the repository that the cluster follows.")
-    branch, name = config.deployment.manifests_branch, config.promotion.model_name
+    promotion = Promotion(config, manifest.read_text(encoding="utf-8"), decision)
     with tempfile.TemporaryDirectory(prefix="avrt-git-") as temporary:
-        clone = Path(temporary) / "manifests"
-        _git(Path(temporary), "clone", "--quiet", "--depth=1", f"--branch={branch}", "--", url, str(clone))
-        for attempt in range(1, _PUSHES + 1):
-            folder = clone / config.deployment.manifests_path / name
-            _write(folder, manifest, decision)
-            _git(clone, "add", "--", str(folder.relative_to(clone)))
-            if not _git(clone, "status", "--porcelain", "--", str(folder.relative_to(clone))):
-                log.info("%s holds this manifest already", url)
-                return _git(clone, "rev-parse", "HEAD")
-            _git(clone, *_author(clone), "commit", "--quiet", f"--message={message(name, decision)}")
-            try:
-                _git(clone, "push", "--quiet", "origin", f"HEAD:{branch}")
-            except ServingError:
-                if attempt == _PUSHES:
-                    raise
-                log.warning("the push to %s was refused; taking in what is new there", url)
-                _git(clone, "fetch", "--quiet", "--depth=1", "origin", branch)
-                _git(clone, "reset", "--quiet", "--hard", "FETCH_HEAD")
-                continue
-            break
-        return _git(clone, "rev-parse", "HEAD")
+        repository = Repository(Path(temporary), config.deployment)
+        commit, landed = _settled(repository, config, promotion)
+        message = repository.message(commit)
+    address = None
+    if not landed:
+        title, _, body = message.partition("\n\n")
+        address = open_pull_request(config.deployment, promotion.branch, title, body)
+    change = Change(commit, address)
+    log.info("%s is in %s at %s", promotion.subject, repository.shown(repository.url), change)
+    tags = {"commit": commit, "inference_service": promotion.service, "pull_request": address}
+    tracking.tag_version(promotion.name, decision["version"], {key: value for key, value in tags.items() if value})
+    return change
 
 
-def message(name: str, decision: dict[str, Any]) -> str:
-    """The commit message: what is promoted, and why."""
-    version = f" version {decision['version']}" if decision["version"] is not None else ""
-    return (
-        f"Promote {name}{version}\n\n{decision['reason']}\n\nModel: {decision['uri']}\nSHA-256: {decision['sha256']}\n"
-    )
+class Promotion:
+    """One model's promotion: what its commit holds, and how it stands to the manifest that is in the branch.
 
+    ``before`` is that manifest, or None where there is none.
+    """
 
-def _write(folder: Path, manifest: Path, decision: dict[str, Any]) -> None:
-    with atomic_path(folder / MANIFEST_FILE) as temporary:
-        temporary.write_bytes(manifest.read_bytes())
-    write_json(
-        folder / EVIDENCE_FILE, {key: decision[key] for key in ("model", "version", "uri", "sha256", "reason", "test")}
-    )
+    def __init__(self, config: Config, manifest: str, decision: dict[str, Any]) -> None:
+        self.name = config.promotion.model_name
+        self.service = f"{config.deployment.namespace}/{self.name}"
+        self._config = config
+        self._decision = decision
+        self._manifest = manifest
+        self._document = _parsed(manifest) or {}
+        self._version: int | None = decision["version"]
+        folder = PurePosixPath(config.deployment.manifests_path) / self.name
+        self.manifest_path = str(folder / MANIFEST_FILE)
+        self._evidence_path = str(folder / EVIDENCE_FILE)
 
+    @property
+    def subject(self) -> str:
+        """The commit's first line, which no other model's commit begins with."""
+        version = "" if self._version is None else f" version {self._version}"
+        return f"Promote {self.name}{version}: {self._decision['sha256'][:12]}"
 
-def _author(clone: Path) -> list[str]:
-    """Git refuses to commit without an identity; a machine that has one keeps it."""
-    if os.environ.get("GIT_AUTHOR_EMAIL") or _git(clone, "config", "--default=", "--get", "user.email"):
-        return []
-    return ["-c", "user.name=avrt", "-c", "user.email=avrt@localhost"]
+    @property
+    def branch(self) -> str:
+        """The branch of a pull request; the same model has the same one."""
+        version = "" if self._version is None else f"-v{self._version}"
+        return f"promote-{self.name}{version}-{self._decision['sha256'][:12]}"
 
+    def is_in(self, before: str | None) -> bool:
+        """Whether the branch holds this model with these settings.
 
-def _git(folder: Path, *arguments: str) -> str:
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT_S,
-            check=False,
+        The run and the data that it came from do not count: for them the same model would be rolled out once more.
+        """
+        held = _parsed(before)
+        return held is not None and _without_origin(held) == _without_origin(self._document)
+
+    def check_newer(self, before: str | None) -> None:
+        """Check that no newer version is replaced.
+
+        Raises:
+            ServingError: where the branch holds a newer version, or one that cannot be compared.
+        """
+        held = _parsed(before) or {}
+        version = _version(held)
+        if version is None or _annotations(held).get(isvc.MODEL_SHA256) == self._decision["sha256"]:
+            return
+        restart = f"remove {self.manifest_path} there to begin anew"
+        if self._version is None:
+            raise ServingError(
+                f"{self.name} is not registered, but the branch holds its version {version}, so nobody can say which "
+                f"is newer: set MLFLOW_TRACKING_URI for the promotion, or {restart}."
+            )
+        if version > self._version:
+            raise ServingError(
+                f"The branch holds version {version} of {self.name}, so version {self._version} is not promoted any "
+                f"more: to go back to it, revert what came later ({self._evidence_path} has the command)."
+            )
+        if version == self._version:
+            raise ServingError(
+                f"The branch holds another model as version {version} of {self.name}, one from another registry: set "
+                f"deployment.manifests_path to a folder of this registry's own, or {restart}."
+            )
+
+    def files(self, before: str | None) -> dict[str, str]:
+        """Text by path."""
+        facts = "\n".join(f"- {key}: `{value}`" for key, value in self._facts().items())
+        evidence = f"# {self.subject}\n\n{self._story(before)}\n\n{facts}\n"
+        return {self.manifest_path: self._manifest, self._evidence_path: evidence}
+
+    def message(self, before: str | None) -> str:
+        """The commit message: what is promoted, why, how to take it back, and as trailers what it points at."""
+        trailers = "\n".join(f"{key}: {value}" for key, value in self._facts().items())
+        return f"{self.subject}\n\n{self._story(before)}\n\n{trailers}\n"
+
+    def _facts(self) -> dict[str, Any]:
+        origin = _annotations(self._document)
+        found = {
+            "Avrt-Run": origin.get(isvc.RUN),
+            "Avrt-Model-Version": None if self._version is None else f"{self.name}/{self._version}",
+            "Avrt-Model-Uri": self._decision["uri"],
+            "Avrt-Model-Sha256": self._decision["sha256"],
+            "Avrt-Data-Hash": origin.get(isvc.DATA),
+            "Avrt-Config-Hash": self._config.sha256,
+            "Avrt-Inference-Service": self.service,
+        }
+        return {key: value for key, value in found.items() if value}
+
+    def _story(self, before: str | None) -> str:
+        test, held = self._decision["test"], _parsed(before)
+        if held is None:
+            effect = f"This takes {self.name} off the cluster, since it had no model before."
+        else:
+            version = _version(held)
+            former = "the model before" if version is None else f"version {version}"
+            effect = f"This brings back {former} ({_model_uri(held)}); today's pods answer until its pods are ready."
+        parts = (
+            self._decision["reason"],
+            evaluation_table(self._decision),
+            f"Exact McNemar test against the base on {test['n']} questions: {test['wins']} won, {test['losses']} lost, "
+            f"p = {test['p_value']:.3g}.",
+            f"Rollback, then push:\n\n    git revert --no-edit ':/^{self.subject}'",
+            effect,
         )
-    except FileNotFoundError as error:
-        raise EnvironmentProblem("git is not installed: deployment.target=git needs it.") from error
-    except subprocess.TimeoutExpired as error:
-        raise ServingError(f"git {arguments[0]} did not end within {_TIMEOUT_S} s.") from error
-    if done.returncode:
-        verb = next(a for a in arguments if not a.startswith("-") and "=" not in a)
-        raise ServingError(f"git {verb} failed: {' '.join(done.stderr.split())[-300:]}")
-    return done.stdout.strip()
+        return "\n\n".join(parts)
+
+
+def evaluation_table(decision: dict[str, Any]) -> str:
+    """Accuracies of base and trained models on the validation questions, with Wilson's 95 % intervals, as Markdown."""
+    from avrt_lib.evaluation.statistics import wilson_interval
+
+    n = decision["test"]["n"]
+    rows = ["| model | validation accuracy | 95 % interval |", "|---|---|---|"]
+    for name, accuracy in decision["validation_accuracy"].items():
+        low, high = wilson_interval(round(accuracy * n), n)
+        shown = f"**{name}**" if name == decision["model"] else name
+        rows.append(f"| {shown} | {accuracy:.1%} | {low:.1%} – {high:.1%} |")
+    return "\n".join(rows)
+
+
+def _settled(repository: Repository, config: Config, promotion: Promotion) -> tuple[str, bool]:
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            return _put(repository, config, promotion)
+        except TryAgain as problem:
+            if tries == _TRIES:
+                raise
+            log.warning("%s; trying again", problem)
+            # Those who wait for the same branch must not come back all at once.
+            time.sleep(min(_LONGEST_WAIT_S, 0.1 * 2**tries) * random.uniform(0.5, 1.0))
+
+
+def _put(repository: Repository, config: Config, promotion: Promotion) -> tuple[str, bool]:
+    """One attempt. Returns the commit that holds the promotion, and whether it is in the followed branch."""
+    base = _base(repository, config)
+    before = repository.read(base, promotion.manifest_path)
+    if promotion.is_in(before):
+        return repository.last_change(base, promotion.manifest_path), True
+    promotion.check_newer(before)
+    proposing = config.deployment.git.mode == "pull_request"
+    target, tip = config.deployment.manifests_branch, None
+    if proposing:
+        target = promotion.branch
+        tip = repository.branches().get(target, "")
+        if tip and _still_good(repository, promotion, base, repository.fetch(target)):
+            return tip, False
+    commit = repository.commit(base, promotion.files(before), promotion.message(before))
+    repository.push(commit, target, replacing=tip)
+    return commit, not proposing
+
+
+def _still_good(repository: Repository, promotion: Promotion, base: str, tip: str) -> bool:
+    """Whether a branch that was pushed before holds this promotion, and nothing has changed below it since."""
+    path = promotion.manifest_path
+    return promotion.is_in(repository.read(tip, path)) and not repository.last_change(f"{tip}..{base}", path)
+
+
+def _base(repository: Repository, config: Config) -> str:
+    branch, path = config.deployment.manifests_branch, str(PurePosixPath(config.deployment.manifests_path))
+    url = repository.shown(repository.url)
+    try:
+        base = repository.fetch(branch)
+    except TryAgain:
+        raise
+    except ServingError:
+        branches = repository.branches()
+        if branch in branches:
+            raise
+        if not branches:
+            raise ServingError(
+                f"{url} is empty: push a first commit with the folder {path} to its branch {branch}."
+            ) from None
+        raise ServingError(
+            f"{url} has no branch {branch} (it has {', '.join(sorted(branches)[:5])}): make it, or correct "
+            "deployment.manifests_branch."
+        ) from None
+    if not repository.has_folder(base, path):
+        raise ServingError(
+            f"{url} has no folder {path} in its branch {branch}, so the cluster cannot follow it: commit a file there, "
+            "or correct deployment.manifests_path."
+        )
+    return base
+
+
+def _parsed(text: str | None) -> dict[str, Any] | None:
+    """A manifest, or None where there is none."""
+    try:
+        document = yaml.safe_load(text or "")
+    except yaml.YAMLError:
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _annotations(document: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = (document.get("metadata") or {}).get("annotations") or {}
+    return found
+
+
+def _version(document: dict[str, Any]) -> int | None:
+    text = str(_annotations(document).get(isvc.MODEL_VERSION, ""))
+    return int(text) if text.isdecimal() else None
+
+
+def _model_uri(document: dict[str, Any]) -> str | None:
+    uri = document
+    for key in ("spec", "predictor", "model", "storageUri"):
+        uri = uri.get(key) or {}
+    return str(uri) if uri else None
+
+
+def _without_origin(document: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in _annotations(document).items() if key not in (isvc.RUN, isvc.DATA)}
+    return {**document, "metadata": {**(document.get("metadata") or {}), "annotations": kept}}
