@@ -16,7 +16,7 @@ from rich.table import Table
 from avrt_lib.cli.console import err, out
 from avrt_lib.cli.options import find_config, overrides, resolve
 from avrt_lib.cluster.profile import PipelinesAccess, Profile, find_profile, load_profile
-from avrt_lib.errors import UsageError
+from avrt_lib.errors import EnvironmentProblem, UsageError
 
 if TYPE_CHECKING:
     from pipelines.backend import Backend
@@ -120,16 +120,22 @@ def submit(
     no_cache: NoCache = False,
     detach: Annotated[bool, typer.Option("--detach", help="Print the run's id and do not watch it.")] = False,
     pending_limit_s: PendingLimit = None,
+    no_checks: Annotated[
+        bool, typer.Option("--no-checks", help="Do not look first whether the cluster has what the run needs.")
+    ] = False,
     runs_dir: RunsDir = RUNS,
     debug: Debug = False,
 ) -> None:
     """Run the pipeline on a cluster and show its steps; ends with the run's exit code.
 
-    A step's error is shown as for a run on this machine. Ctrl-C asks whether to end the run or leave it.
+    Where KUBECONFIG names the cluster, it is looked at first, as by `avrt doctor --cluster`. A step's error is shown
+    as for a run on this machine. Ctrl-C asks whether to end the run or leave it.
     """
     from pipelines import submission
 
     order, profile = _order(config, cluster, settings, pipeline, traces, no_cache)
+    if not no_checks:
+        _check(order, profile)
     backend = _connect(host, namespace, token_env, cookie_env, profile)
     run_id = submission.submit(backend, order, experiment=experiment, run_name=run_name)
     if detach:
@@ -409,6 +415,28 @@ def _order(
     return Order(
         resolve(find_config(config), profile.overrides | changes), profile, found, pipeline, not no_cache, traces
     ), profile
+
+
+def _check(order: Order, profile: Profile) -> None:
+    """Look at the cluster before a run is made on it.
+
+    Whoever submits may see the backend only: then nothing is checked from here, and the run's first step does it.
+
+    Raises:
+        EnvironmentProblem: where something that the run needs is missing; what it is has been printed.
+    """
+    from avrt_lib.cli.doctor import show
+    from avrt_lib.preflight.checks import FAILED, WARNING, licence_checks
+    from avrt_lib.preflight.cluster import CLUSTER, cluster_checks
+
+    found = [*cluster_checks(order.config, profile), *licence_checks(order.config)]
+    unseen = next((check for check in found if check.name == CLUSTER and check.status == FAILED), None)
+    if unseen:
+        err.print(f"The cluster is not looked at from here ({unseen.found}); the run's first step does it.")
+        found.remove(unseen)
+    findings = [check for check in found if check.status in (FAILED, WARNING)]
+    if findings and show(findings, f"{order.config.name} on {profile.name}", to=err):
+        raise EnvironmentProblem("Nothing was submitted: the cluster lacks what the run needs (--no-checks submits).")
 
 
 def _watch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -46,15 +47,15 @@ def _examine_cluster(config_file: Path, cluster: Path) -> int:
     return show([*cluster_checks(config, profile), *checks.licence_checks(config)], f"{config.name} on {profile.name}")
 
 
-def show(found: list[checks.Check], title: str) -> int:
+def show(found: list[checks.Check], title: str, *, to: Console = out) -> int:
     """Print checks as a table, and return the exit code that follows from them."""
     table = Table("check", "", "found", "what to do", title=title, title_justify="left")
     for check in found:
         table.add_row(check.name, f"[{STYLES[check.status]}]{check.status}[/]", escape(check.found), escape(check.mend))
-    out.print(table)
+    to.print(table)
     failed = [check.name for check in found if check.status == checks.FAILED]
     if failed:
-        out.print(f"Not ready: {', '.join(failed)}.")
+        to.print(f"Not ready: {', '.join(failed)}.")
         return EnvironmentProblem.exit_code
-    out.print("Ready.")
+    to.print("Ready.")
     return 0

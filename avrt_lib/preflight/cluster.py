@@ -25,6 +25,8 @@ from avrt_lib.preflight.nodes import pool_check
 
 #: For all questions to the API server together, and for one.
 TIME_LIMIT_S, CALL_S = 35.0, 5.0
+#: The check that fails where the cluster cannot be seen at all.
+CLUSTER = "Cluster"
 _KSERVE = "serving.kserve.io"
 _KUEUE = "kueue.x-k8s.io"
 _ARGO_SETTINGS = "workflow-controller-configmap"
@@ -52,7 +54,7 @@ def cluster_checks(config: Config, profile: Profile) -> list[Check]:
         cluster.groups()
     except (EnvironmentProblem, NotSeen) as problem:
         mend = "set KUBECONFIG, or look at the cluster: kubectl get namespaces"
-        checks.append(Check("Cluster", FAILED, str(problem).rstrip("."), mend))
+        checks.append(Check(CLUSTER, FAILED, str(problem).rstrip("."), mend))
     else:
         for part in (
             _secrets(cluster, config, profile, credentials),

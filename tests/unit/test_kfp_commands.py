@@ -22,7 +22,7 @@ import yaml
 from avrt_lib.cli import main as cli
 from avrt_lib.cluster.profile import load_profile
 from avrt_lib.config import load
-from avrt_lib.errors import UsageError
+from avrt_lib.errors import EnvironmentProblem, UsageError
 from pipelines import backend, housekeeping, pods, watch
 from pipelines.commands import register
 from pipelines.compile import compile_pipeline
@@ -149,6 +149,18 @@ def test_a_submitted_run_is_shown_to_its_end_with_its_table_and_summary(
     assert "Champion: grpo version 3" in out
     (run_id,) = api.runs
     assert json.loads((tmp_path / "kept" / run_id / "summary.json").read_text()) == summary()
+
+
+def test_nothing_is_submitted_where_the_cluster_cannot_run_it(api: KfpApi, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = submit(capsys, api, "--detach", "--set", "store.kind=local")
+    assert code == EnvironmentProblem.exit_code
+    assert "The cluster is not looked at from here" in err
+    assert "set store.kind=s3" in " ".join(err.split())
+    assert "Nothing was submitted" in err
+    assert not api.runs
+    code, _, err = submit(capsys, api, "--detach", "--set", "store.kind=local", "--no-checks")
+    assert code == 0, err
+    assert len(api.runs) == 1
 
 
 def test_what_is_submitted_is_what_the_profile_says(api: KfpApi, capsys: pytest.CaptureFixture[str]) -> None:
