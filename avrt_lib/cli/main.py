@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from avrt_lib import __version__
-from avrt_lib.cli import models
+from avrt_lib.cli import models, serving
 from avrt_lib.cli.console import err, fail, out
 from avrt_lib.cli.options import DEFAULT_CONFIG, find_config, overrides, resolve
 from avrt_lib.cli.plan import plan
@@ -297,6 +297,7 @@ def fidelity(
 
 
 app.add_typer(models.app)
+app.add_typer(serving.app)
 app.command()(plan)
 
 

@@ -1,128 +1,238 @@
-"""KServe: create or change the InferenceService, and wait until the new model serves."""
+"""The API server as serving needs it: InferenceServices of one namespace, what they are made of, and Leases."""
 
 from __future__ import annotations
 
-import logging
-import time
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from avrt_lib.config import Config
 from avrt_lib.errors import EnvironmentProblem, ServingError
 
-log = logging.getLogger("avrt.serving")
+Document = dict[str, Any]
 
-_POLL_S = 2.0
-_SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"
+#: Label that KServe puts on a predictor's pods.
+POD_LABEL = "serving.kserve.io/inferenceservice"
+_KSERVE = ("serving.kserve.io", "v1beta1")
+_SERVICES = "inferenceservices"
+_LEASES = ("coordination.k8s.io", "v1")
+_CALL_S = (10, 30)  # connecting, reading
+_LOG_LINES = 20
 
 
-def deploy(config: Config, decision: dict[str, Any]) -> str:
-    """Apply the champion's InferenceService and wait until its pods serve it.
+class Conflict(ServingError):
+    """Somebody else changed or made the object first."""
 
-    Args:
-        config: ``deployment`` (namespace, ``start_timeout_s``) and what the manifest is made of.
-        decision: promotion's, with ``uri``, ``sha256`` and ``version``.
 
-    Returns:
-        The cluster's address of the OpenAI interface, ending in ``/v1``.
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """An InferenceService and what it is made of, as the API server gives them.
+
+    Attributes:
+        service: the InferenceService, or None where there is none.
+        deployment: its predictor's Deployment, or None.
+        pods: its pods.
+        events: the namespace's events of it and of its pods.
+        logs: last log line of a crashed container, by pod and container, where its status has no message.
+    """
+
+    service: Document | None
+    deployment: Document | None = None
+    pods: list[Document] = field(default_factory=list)
+    events: list[Document] = field(default_factory=list)
+    logs: dict[tuple[str, str], str] = field(default_factory=dict)
+
+
+class Cluster:
+    """One namespace of the cluster that KUBECONFIG names, or of the one that this pod runs in.
+
+    Every method raises EnvironmentProblem where the API server does not answer, has no KServe or forbids the call, and
+    ServingError with its own words where it refuses an object.
 
     Raises:
-        EnvironmentProblem: where there is no cluster to talk to.
-        ServingError: where the cluster refuses, the model cannot be loaded, or it does not serve in time.
+        EnvironmentProblem: where nothing says which cluster is meant.
     """
-    from kserve import KServeClient, constants
-    from kubernetes.client import ApiException
-    from kubernetes.config import ConfigException
 
-    from avrt_lib.promotion.manifest import inference_service, to_dict
-    from avrt_lib.store import ModelPlace
+    def __init__(self, namespace: str) -> None:
+        from kubernetes import client, config
 
-    service = inference_service(config, ModelPlace(decision["uri"], decision["sha256"], 0), decision["version"])
-    name, namespace = config.promotion.model_name, config.deployment.namespace
-    try:
-        client = KServeClient()
-    except ConfigException as error:
-        raise EnvironmentProblem(f"There is no cluster to deploy to ({error}): set KUBECONFIG.") from error
-    objects = (
-        constants.KSERVE_GROUP,
-        constants.KSERVE_V1BETA1_VERSION,
-        namespace,
-        constants.KSERVE_PLURAL_INFERENCESERVICE,
-    )
-    document = to_dict(service)
-    try:
+        self.namespace = namespace
+        settings = client.Configuration()
         try:
-            client.api_instance.patch_namespaced_custom_object(*objects, name, document)
-        except ApiException as error:
-            if error.status != 404:
-                raise
-            client.api_instance.create_namespaced_custom_object(*objects, document)
-        deadline = time.monotonic() + config.deployment.start_timeout_s
-        while True:
-            found = client.api_instance.get_namespaced_custom_object(*objects, name)
-            address = _address(found)
-            if address and rolled_out(_deployment(client, f"{name}-predictor", namespace), decision["uri"]):
-                return f"{address.rstrip('/')}/v1"
-            if problem := load_failure(found):
-                raise ServingError(f"KServe cannot load {decision['uri']} for {namespace}/{name}: {problem}")
-            if time.monotonic() > deadline:
-                raise ServingError(
-                    f"{namespace}/{name} did not serve {decision['uri']} in {config.deployment.start_timeout_s:g} s "
-                    f"({_conditions(found)}): look at the pods of {name}-predictor."
+            config.load_config(client_configuration=settings)
+        except (config.ConfigException, OSError) as error:
+            text = " ".join(str(error).split())
+            raise EnvironmentProblem(f"There is no cluster to talk to ({text}): set KUBECONFIG.") from error
+        api = client.ApiClient(settings)
+        self._objects = client.CustomObjectsApi(api)
+        self._apps = client.AppsV1Api(api)
+        self._core = client.CoreV1Api(api)
+
+    def service(self, name: str) -> Document | None:
+        """The InferenceService of this name, or None."""
+        return self._get(*_KSERVE, _SERVICES, name)
+
+    def create(self, service: Document) -> Document:
+        """Make an InferenceService.
+
+        Raises:
+            Conflict: where there is one of this name.
+        """
+        method = self._objects.create_namespaced_custom_object
+        return self._call("create inferenceservices", method, *_KSERVE, self.namespace, _SERVICES, service)
+
+    def replace(self, service: Document) -> Document:
+        """Store an InferenceService that was read before, with its changes.
+
+        Raises:
+            Conflict: where it was changed since it was read.
+        """
+        method, name = self._objects.replace_namespaced_custom_object, service["metadata"]["name"]
+        return self._call("update inferenceservices", method, *_KSERVE, self.namespace, _SERVICES, name, service)
+
+    def delete(self, name: str) -> None:
+        """Delete an InferenceService; one that is gone is fine."""
+        method = self._objects.delete_namespaced_custom_object
+        self._call("delete inferenceservices", method, *_KSERVE, self.namespace, _SERVICES, name, absent_is_fine=True)
+
+    def pods(self, name: str) -> list[Document]:
+        """The pods of an InferenceService, those that are being ended included."""
+        method, selector = self._core.list_namespaced_pod, f"{POD_LABEL}={name}"
+        return list(self._call("list pods", method, self.namespace, label_selector=selector, raw=True)["items"])
+
+    def documents(self, name: str) -> Documents:
+        """Everything that tells how an InferenceService is doing."""
+        service = self.service(name)
+        if service is None:
+            return Documents(None)
+        deployment = self._call(
+            "get deployments",
+            self._apps.read_namespaced_deployment,
+            f"{name}-predictor",
+            self.namespace,
+            raw=True,
+            absent_is_fine=True,
+        )
+        pods = self.pods(name)
+        ours = {name, *(pod["metadata"]["name"] for pod in pods)}
+        events = self._call("list events", self._core.list_namespaced_event, self.namespace, raw=True)["items"]
+        return Documents(
+            service,
+            deployment,
+            pods,
+            [event for event in events if event["involvedObject"].get("name") in ours],
+            dict(self._last_words(pods)),
+        )
+
+    def lease(self, name: str) -> Document | None:
+        """The Lease of this name, or None."""
+        return self._get(*_LEASES, "leases", name)
+
+    def put_lease(self, lease: Document) -> Document:
+        """Make a Lease, or store one that was read before.
+
+        Raises:
+            Conflict: where somebody else made or changed it.
+        """
+        where = (*_LEASES, self.namespace, "leases")
+        if "resourceVersion" not in lease["metadata"]:
+            return self._call("create leases", self._objects.create_namespaced_custom_object, *where, lease)
+        name = lease["metadata"]["name"]
+        return self._call("update leases", self._objects.replace_namespaced_custom_object, *where, name, lease)
+
+    def _get(self, group: str, version: str, plural: str, name: str) -> Document | None:
+        method = self._objects.get_namespaced_custom_object
+        where = (group, version, self.namespace, plural, name)
+        found: Document | None = self._call(f"get {plural}", method, *where, absent_is_fine=True)
+        return found
+
+    def _last_words(self, pods: list[Document]) -> Iterator[tuple[tuple[str, str], str]]:
+        """The last log lines of containers that ended without a message (``terminationMessagePolicy: File``)."""
+        for pod in pods:
+            for container in container_statuses(pod):
+                ended = terminated(container)
+                if ended is None or ended.get("message"):
+                    continue
+                name = pod["metadata"]["name"]
+                text = self._call(
+                    "get pods/log",
+                    self._core.read_namespaced_pod_log,
+                    name,
+                    self.namespace,
+                    container=container["name"],
+                    previous="running" in container["state"],
+                    tail_lines=_LOG_LINES,
+                    absent_is_fine=True,
+                    refusal_is_fine=True,
                 )
-            time.sleep(_POLL_S)
-    except ApiException as error:
-        raise ServingError(f"The cluster refused {namespace}/{name}: {error.status} {error.reason}.") from error
+                if text and text.strip():
+                    yield (name, container["name"]), text.strip().splitlines()[-1]
+
+    def _call(
+        self,
+        what: str,
+        method: Callable[..., Any],
+        *arguments: Any,
+        raw: bool = False,
+        absent_is_fine: bool = False,
+        refusal_is_fine: bool = False,
+        **more: Any,
+    ) -> Any:
+        """What the API server answers; None where there is no such object and that is fine.
+
+        Args:
+            what: the permission that the call needs, for the error.
+            raw: whether to take the answer's JSON as it is instead of the client's classes.
+        """
+        import urllib3
+        from kubernetes.client import ApiException
+
+        if raw:
+            more["_preload_content"] = False
+        try:
+            answer = method(*arguments, _request_timeout=_CALL_S, **more)
+            return json.loads(answer.data) if raw else answer
+        except ApiException as error:
+            message = _message(error)
+            if error.status == 404 and message is None:
+                raise EnvironmentProblem(
+                    f"The cluster does not know {what.split()[1]}: install KServe (docs/serving.md)."
+                ) from error
+            if (error.status == 404 and absent_is_fine) or (error.status in (400, 404) and refusal_is_fine):
+                return None
+            if error.status == 409:
+                raise Conflict(f"The cluster refused to {what}: {message}") from error
+            if error.status in (401, 403) and "admission webhook" not in (message or ""):
+                raise EnvironmentProblem(
+                    f"This account may not {what} in {self.namespace}: bind the Role avrt-deployer to it "
+                    f"(manifests/base). {message or error.reason}"
+                ) from error
+            raise ServingError(
+                f"The cluster refused to {what} in {self.namespace}: {message or f'{error.status} {error.reason}'}"
+            ) from error
+        except urllib3.exceptions.HTTPError as error:
+            text = " ".join(str(error).split())[:200]
+            raise EnvironmentProblem(f"The API server does not answer ({text}): look at KUBECONFIG.") from error
 
 
-def rolled_out(deployment: dict[str, Any] | None, uri: str) -> bool:
-    """Whether all pods of a predictor's Deployment serve this model.
-
-    Readiness of the InferenceService does not say so: during a change it may stay true for the old model, and its
-    ``observedGeneration`` is the Deployment's.
-    """
-    if deployment is None:
-        return False
-    template = deployment["spec"]["template"]["metadata"].get("annotations") or {}
-    status = deployment.get("status") or {}
-    wanted = deployment["spec"].get("replicas", 1)
-    return (
-        template.get(_SOURCE) == uri
-        and status.get("observedGeneration") == deployment["metadata"]["generation"]
-        and wanted > 0
-        and status.get("replicas") == wanted
-        and status.get("updatedReplicas") == wanted
-        and status.get("availableReplicas") == wanted
-    )
+def container_statuses(pod: Document) -> list[Document]:
+    """The states of a pod's containers, those that run before the others first."""
+    status = pod.get("status") or {}
+    return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
 
 
-def load_failure(service: dict[str, Any]) -> str | None:
-    """What the controller says went wrong, or None; a failure of the past stays in the status and does not count."""
-    status = (service.get("status") or {}).get("modelStatus") or {}
-    if status.get("transitionStatus") not in ("BlockedByFailedLoad", "InvalidSpec"):
-        return None
-    info = status.get("lastFailureInfo") or {}
-    return f"{info.get('reason', status['transitionStatus'])}: {' '.join(str(info.get('message', '')).split())[-400:]}"
+def terminated(container: Document) -> Document | None:
+    """How a container failed last, or None where it did not: exit code, reason, message."""
+    for state in (container.get("state") or {}, container.get("lastState") or {}):
+        ended: Document | None = state.get("terminated")
+        if ended and ended.get("exitCode"):
+            return ended
+    return None
 
 
-def _deployment(client: Any, name: str, namespace: str) -> dict[str, Any] | None:
-    from kubernetes.client import ApiClient, ApiException
-
+def _message(error: Any) -> str | None:
+    """The API server's own words; None for an address that it does not know."""
     try:
-        found = client.app_api.read_namespaced_deployment(name, namespace)
-    except ApiException as error:
-        if error.status == 404:
-            return None
-        raise
-    document: dict[str, Any] = ApiClient().sanitize_for_serialization(found)
-    return document
-
-
-def _address(service: dict[str, Any]) -> str | None:
-    address = ((service.get("status") or {}).get("address") or {}).get("url")
-    return str(address) if address else None
-
-
-def _conditions(service: dict[str, Any]) -> str:
-    conditions = (service.get("status") or {}).get("conditions") or []
-    shown = [f"{c['type']}={c['status']} {c.get('reason', '')}".strip() for c in conditions]
-    return ", ".join(shown) or "no conditions yet"
+        return " ".join(str(json.loads(error.body)["message"]).split())
+    except (ValueError, KeyError, TypeError):
+        return None

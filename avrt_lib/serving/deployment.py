@@ -1,7 +1,7 @@
 """The deployment step: bring the champion up at the configured target, and ask it held-out questions.
 
-Targets share one result: ``local`` serves with vLLM here and stops again, ``kserve`` creates or changes the
-InferenceService on the cluster and waits until the new model serves, ``git`` commits the manifest for a cluster that
+Targets share one result: ``local`` serves with vLLM here and stops again, ``kserve`` rolls the model out on the cluster
+(a candidate is asked the same questions before the champion changes), ``git`` commits the manifest for a cluster that
 follows a repository.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from avrt_lib import answers
 from avrt_lib.config import Config
@@ -26,6 +26,9 @@ from avrt_lib.records import Sample
 from avrt_lib.serving.client import Reply, ask_sample
 from avrt_lib.tables import read_json, read_rows, write_json
 from avrt_lib.workspace import Progress, Workspace
+
+if TYPE_CHECKING:
+    from avrt_lib.serving.inference_service import Status
 
 log = logging.getLogger("avrt.serving")
 
@@ -98,10 +101,12 @@ def run(
             opened = (
                 _local(config, workspace, decision, grpo_model, progress)
                 if target == "local"
-                else _kserve(config, decision)
+                else _kserve(config, decision, questions, progress)
             )
             with opened as endpoint:
-                replies = [_asked(config, endpoint, sample, progress) for sample in questions]
+                for sample in questions:
+                    replies.append(_asked(config, endpoint, sample))
+                    progress.advance()
         facts |= judge(config, replies, promoted=decision["promoted"])
     write_json(check / CHECK, {**facts, "questions": replies})
     if facts["ok"] is False:
@@ -153,7 +158,7 @@ def judge(config: Config, replies: list[dict[str, Any]], *, promoted: bool) -> d
     }
 
 
-def _asked(config: Config, endpoint: Endpoint, sample: Sample, progress: Progress) -> dict[str, Any]:
+def _asked(config: Config, endpoint: Endpoint, sample: Sample) -> dict[str, Any]:
     row: dict[str, Any] = {"sample_id": sample.id, "question": sample.question, "options": sample.options}
     try:
         reply = ask_sample(endpoint.base_url, endpoint.api_key, endpoint.model, sample, config=config)
@@ -162,7 +167,6 @@ def _asked(config: Config, endpoint: Endpoint, sample: Sample, progress: Progres
     else:
         correct = None if sample.answer_index is None else reply.letter == sample.answer_letter
         row |= {**dataclasses.asdict(reply), "error": None, "well_formed": _has_form(config, reply), "correct": correct}
-    progress.advance()
     return row
 
 
@@ -204,7 +208,75 @@ def _local(
 
 
 @contextmanager
-def _kserve(config: Config, decision: dict[str, Any]) -> Iterator[Endpoint]:
-    from avrt_lib.serving.cluster import deploy
+def _kserve(
+    config: Config, decision: dict[str, Any], questions: list[Sample], progress: Progress
+) -> Iterator[Endpoint]:
+    from avrt_lib.promotion.manifest import inference_service, to_dict
+    from avrt_lib.serving.cluster import Cluster
+    from avrt_lib.serving.reach import reached
+    from avrt_lib.serving.rollout import Wanted, rollout
+    from avrt_lib.store import ModelPlace
 
-    yield Endpoint(deploy(config, decision), os.environ.get("AVRT_API_KEY"), config.promotion.model_name)
+    service = inference_service(config, ModelPlace(decision["uri"], decision["sha256"], 0), decision["version"])
+
+    def told(line: str) -> None:
+        log.info("%s", line)
+        progress.advance(0, line)
+
+    def check(candidate: Status) -> None:
+        check_candidate(config, candidate, questions)
+
+    champion = rollout(
+        Cluster(config.deployment.namespace),
+        Wanted(to_dict(service)),
+        check=check,
+        timeout_s=config.deployment.start_timeout_s,
+        told=told,
+    )
+    with reached(champion) as base_url:
+        yield Endpoint(base_url, os.environ.get("AVRT_API_KEY"), champion.name)
+
+
+def check_candidate(config: Config, candidate: Status, questions: list[Sample]) -> dict[str, Any]:
+    """Ask a served candidate held-out questions, after a glance at whether it is there and takes the key.
+
+    Returns:
+        What ``judge`` says.
+
+    Raises:
+        ServingError: where it does not answer, or its answers do not do.
+    """
+    from avrt_lib.serving.reach import reached
+
+    with reached(candidate) as base_url:
+        endpoint = Endpoint(base_url, os.environ.get("AVRT_API_KEY"), candidate.name)
+        require_model(endpoint, config.deployment.request_timeout_s)
+        found = judge(config, [_asked(config, endpoint, sample) for sample in questions], promoted=True)
+    log.info("the candidate %s: %s", candidate.name, found)
+    if not found["ok"]:
+        raise ServingError(f"{candidate.name} failed its check: {found['reason']}")
+    return found
+
+
+def require_model(endpoint: Endpoint, timeout_s: float) -> None:
+    """Make sure that a server serves a model of this name, and takes the key.
+
+    Raises:
+        ServingError: where it does not.
+    """
+    import openai
+
+    # Without a key the client would look for one meant for somebody else.
+    with openai.OpenAI(
+        base_url=endpoint.base_url, api_key=endpoint.api_key or "none", timeout=timeout_s, max_retries=0
+    ) as client:
+        try:
+            served = [model.id for model in client.models.list()]
+        except openai.AuthenticationError as error:
+            raise ServingError(
+                f"{endpoint.base_url} refused the API key: set AVRT_API_KEY to the served one."
+            ) from error
+        except openai.OpenAIError as error:
+            raise ServingError(f"{endpoint.base_url} does not list its models: {error}") from error
+    if endpoint.model not in served:
+        raise ServingError(f"{endpoint.base_url} serves {', '.join(served) or 'nothing'}, not {endpoint.model}.")

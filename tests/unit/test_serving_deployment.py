@@ -11,7 +11,7 @@ import pytest
 from avrt_lib.config import load
 from avrt_lib.errors import DataError, ServingError, UsageError
 from avrt_lib.records import Sample
-from avrt_lib.serving import client, cluster, deployment
+from avrt_lib.serving import client, deployment
 from avrt_lib.tables import read_json, write_table
 from avrt_lib.workspace import Workspace
 
@@ -99,40 +99,6 @@ def test_without_a_champion_the_step_is_skipped(tmp_path: Path) -> None:
     assert read_json(tmp_path / "check/check.json")["status"] == "skipped"
 
 
-def predictor(**change: Any) -> dict[str, Any]:
-    status = {"observedGeneration": 2, "replicas": 1, "updatedReplicas": 1, "availableReplicas": 1}
-    annotation = {"internal.serving.kserve.io/storage-initializer-sourceuri": change.pop("uri", "s3://new")}
-    spec = {"replicas": change.pop("wanted", 1), "template": {"metadata": {"annotations": annotation}}}
-    return {"metadata": {"generation": 2}, "spec": spec, "status": {**status, **change}}
-
-
-@pytest.mark.parametrize(
-    ("found", "serves"),
-    [
-        (predictor(), True),
-        (None, False),
-        (predictor(uri="s3://old"), False),
-        (predictor(observedGeneration=1), False),
-        (predictor(replicas=2), False),
-        (predictor(updatedReplicas=0), False),
-        (predictor(availableReplicas=0), False),
-        (predictor(wanted=0, replicas=0, updatedReplicas=0, availableReplicas=0), False),
-    ],
-)
-def test_a_predictor_serves_when_all_its_pods_do(found: dict[str, Any] | None, serves: bool) -> None:
-    assert cluster.rolled_out(found, "s3://new") is serves
-
-
-@pytest.mark.parametrize(
-    ("transition", "failed"),
-    [("UpToDate", False), ("InProgress", False), ("BlockedByFailedLoad", True), ("InvalidSpec", True)],
-)
-def test_a_failure_of_the_past_does_not_count(transition: str, failed: bool) -> None:
-    info = {"reason": "ModelLoadFailed", "message": "No model found in avrt/nope."}
-    found = cluster.load_failure({"status": {"modelStatus": {"transitionStatus": transition, "lastFailureInfo": info}}})
-    assert (found == "ModelLoadFailed: No model found in avrt/nope.") is failed
-
-
 @pytest.mark.parametrize(
     ("options", "media"), [([], True), (["a"], True), ([str(i) for i in range(9)], True), (["a", "b"], False)]
 )
@@ -152,3 +118,8 @@ def test_questions_that_cannot_be_asked(options: list[str], media: bool) -> None
 def test_a_server_that_is_not_there_is_said() -> None:
     with pytest.raises(ServingError, match="No server answers at"):
         client._post("http://127.0.0.1:9/v1", "k", {}, 5)
+
+
+def test_a_candidate_that_is_not_there_is_said() -> None:
+    with pytest.raises(ServingError, match="does not list its models"):
+        deployment.require_model(deployment.Endpoint("http://127.0.0.1:9/v1", None, "m"), 5)

@@ -1,0 +1,368 @@
+"""Rollout without a service mesh: the new model proves itself beside the champion before the champion changes.
+
+The new model comes up as an InferenceService of its own, ``NAME-candidate``, and is asked questions. Then the candidate
+makes room, and the champion is set to the new model: its old pods serve until the new ones are ready. So there is never
+more than one pod beside the champion's.
+
+What comes next is read from the cluster each time (``next_stage``): a rollout that is killed goes on with the same
+call. What the cluster's objects cannot tell, that the candidate has passed, is noted in the rollout's Lease; what a
+rollback needs, in the same write that changes the champion.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from avrt_lib.errors import AvrtError, ServingError, UsageError
+from avrt_lib.promotion.manifest import LONGEST_NAME_AND_NAMESPACE
+from avrt_lib.serving.cluster import Cluster, Conflict, Document
+from avrt_lib.serving.inference_service import (
+    POLL_S,
+    VERSION,
+    Status,
+    annotations,
+    rolled_out,
+    storage_uri,
+    wait,
+)
+from avrt_lib.serving.lease import Lease
+
+log = logging.getLogger("avrt.serving")
+
+CANDIDATE = "-candidate"
+SHA256 = "avrt/model-sha256"
+#: What the champion was before, as JSON: uri, version, sha256, predictor.
+PREVIOUS = "avrt/previous"
+#: The model that a rollback took away.
+ROLLED_BACK = "avrt/rolled-back-from"
+_ARGO = "argocd.argoproj.io/tracking-id"
+_CHECKED, _URI, _STAGE = "avrt/checked", "avrt/uri", "avrt/stage"
+_REMOVAL_S = 180.0
+_TRIES = 10
+
+
+class Stage(StrEnum):
+    """What a rollout does next."""
+
+    CANDIDATE = "making the candidate"
+    CHECKING = "checking the candidate"
+    CLEARING = "removing the candidate"
+    PROMOTING = "changing the champion"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The champion as it is to be.
+
+    Attributes:
+        service: its InferenceService, without what a cluster adds.
+    """
+
+    service: Document
+
+    @property
+    def name(self) -> str:
+        return str(self.service["metadata"]["name"])
+
+    @property
+    def uri(self) -> str:
+        return str(storage_uri(self.service))
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides how the model is served."""
+        return hashlib.sha256(json.dumps(self.service["spec"], sort_keys=True).encode()).hexdigest()[:16]
+
+    def candidate(self) -> Document:
+        """The InferenceService that comes up beside the champion: one pod, no autoscaler."""
+        service = copy.deepcopy(self.service)
+        service["metadata"]["name"] = self.name + CANDIDATE
+        service["metadata"].setdefault("annotations", {}).update(
+            {"avrt/candidate-of": self.name, _CHECKED: self.fingerprint, "serving.kserve.io/autoscalerClass": "none"}
+        )
+        if "app.kubernetes.io/name" in (labels := service["metadata"].get("labels") or {}):
+            labels["app.kubernetes.io/name"] = service["metadata"]["name"]
+        predictor = service["spec"]["predictor"]
+        predictor |= {"minReplicas": 1, "maxReplicas": 1}
+        for autoscaling in ("autoScaling", "scaleMetric", "scaleTarget", "scaleMetricType"):
+            predictor.pop(autoscaling, None)
+        return service
+
+
+def to_uri(champion: Document, uri: str, version: str | None) -> Wanted:
+    """The champion as it is, with another model."""
+    service: Document = {
+        "apiVersion": champion["apiVersion"],
+        "kind": champion["kind"],
+        "metadata": {
+            "name": champion["metadata"]["name"],
+            "annotations": {VERSION: version} if version else {},
+            "labels": champion["metadata"].get("labels") or {},
+        },
+        "spec": copy.deepcopy(champion["spec"]),
+    }
+    service["spec"]["predictor"]["model"]["storageUri"] = uri
+    return Wanted(service)
+
+
+def next_stage(champion: Document | None, candidate: Document | None, wanted: Wanted, checked: str | None) -> Stage:
+    """What comes next.
+
+    Args:
+        champion: the InferenceService as it is, or None.
+        candidate: the one beside it, or None.
+        wanted: the champion as it is to be.
+        checked: the fingerprint of what has passed its check.
+    """
+    if champion is None or _is_set_to(champion, wanted) or checked == wanted.fingerprint:
+        return Stage.PROMOTING if candidate is None else Stage.CLEARING
+    if candidate is None:
+        return Stage.CANDIDATE
+    if candidate["metadata"].get("deletionTimestamp") or annotations(candidate).get(_CHECKED) != wanted.fingerprint:
+        return Stage.CLEARING  # another rollout's, which was given up
+    return Stage.CHECKING
+
+
+def rollout(
+    cluster: Cluster,
+    wanted: Wanted,
+    *,
+    check: Callable[[Status], None],
+    timeout_s: float,
+    told: Callable[[str], None] = lambda _: None,
+) -> Status:
+    """Bring a model to the champion's place; a killed rollout goes on when it is called again.
+
+    Where there is no champion yet, there is nothing to protect: it is made, and not checked here.
+
+    Args:
+        cluster: the champion's namespace.
+        wanted: the champion as it is to be.
+        check: asks a served candidate; raises ServingError where its answers do not do.
+        timeout_s: how long each of candidate and champion may take to serve.
+        told: called with a line whenever something is going on.
+
+    Returns:
+        The champion's status, which is serving.
+
+    Raises:
+        Busy: where another rollout of this champion is going on.
+        UsageError: where the names are too long, or Argo CD would undo the change.
+        ServingError: where the candidate fails, which leaves the champion as it was; or where the champion does not
+            come up with the new model, which sets it back.
+    """
+    candidate_name = wanted.name + CANDIDATE
+    if len(candidate_name) + len(cluster.namespace) > LONGEST_NAME_AND_NAMESPACE:
+        raise UsageError(
+            f"{candidate_name} and the namespace {cluster.namespace} have more than {LONGEST_NAME_AND_NAMESPACE} "
+            "characters together, which KServe cannot serve: take a shorter name."
+        )
+    with Lease(cluster, _lease_name(wanted.name)) as lease:
+        while True:
+            champion, candidate = cluster.service(wanted.name), cluster.service(candidate_name)
+            if champion is not None:
+                _refuse_argo(champion)
+            stage = next_stage(champion, candidate, wanted, lease.notes.get(_CHECKED))
+            told(f"{stage} ({wanted.uri})")
+            lease.note(uri=wanted.uri, stage=stage.value)
+            if stage is Stage.CANDIDATE:
+                cluster.create(wanted.candidate())
+            elif stage is Stage.CLEARING:
+                _remove(cluster, candidate_name)
+            elif stage is Stage.CHECKING:
+                try:
+                    check(_serving(cluster, lease, candidate_name, wanted.uri, timeout_s, told))
+                except AvrtError as error:
+                    lease.check()
+                    _remove(cluster, candidate_name)
+                    lease.note(uri=None, stage=None)
+                    if not isinstance(error, ServingError):
+                        raise
+                    raise ServingError(f"The champion is unchanged; the candidate failed: {error}") from error
+                lease.note(checked=wanted.fingerprint)
+            else:
+                found = _promote(cluster, lease, champion, wanted, timeout_s, told)
+                lease.note(uri=None, stage=None, checked=None)
+                return found
+
+
+def rollback(cluster: Cluster, name: str, *, timeout_s: float, told: Callable[[str], None] = lambda _: None) -> Status:
+    """Set the champion back to what it was before its last rollout; a rollout that was killed half-way is given up.
+
+    Calling it again does nothing more: what was taken away does not come back.
+
+    Raises:
+        Busy: where a rollout is going on.
+        UsageError: where there is no champion, it has no previous model, or Argo CD would undo the change.
+        ServingError: where the previous model does not serve.
+    """
+    with Lease(cluster, _lease_name(name)) as lease:
+        champion = cluster.service(name)
+        if champion is None:
+            raise UsageError(f"There is no InferenceService {name} in {cluster.namespace}.")
+        _refuse_argo(champion)
+        begun = lease.notes.get(_URI)
+        given_up = begun is not None and begun != storage_uri(champion)
+        if cluster.service(name + CANDIDATE) is not None:
+            told("removing the candidate")
+            _remove(cluster, name + CANDIDATE)
+        lease.note(uri=None, stage=None, checked=None)
+        if given_up:
+            told(f"the rollout to {begun} is given up; the champion had not been changed")
+        elif PREVIOUS in annotations(champion):
+            told(f"going back to {json.loads(annotations(champion)[PREVIOUS])['uri']}")
+            champion = _change(cluster, lease, name, str(storage_uri(champion)), restored)
+        elif ROLLED_BACK not in annotations(champion):
+            raise UsageError(f"{cluster.namespace}/{name} has no previous model: it was never rolled out over one.")
+        return _serving(cluster, lease, name, str(storage_uri(champion)), timeout_s, told)
+
+
+def promoted(champion: Document, wanted: Wanted, *, served: bool) -> Document:
+    """The champion with the new model, and with what it was before.
+
+    Args:
+        champion: as it is.
+        wanted: as it is to be.
+        served: whether it serves its model now. A model that never came up is nothing to go back to.
+    """
+    service, old = copy.deepcopy(champion), annotations(champion)
+    before = {
+        "uri": storage_uri(champion),
+        "version": old.get(VERSION),
+        "sha256": old.get(SHA256),
+        "predictor": champion["spec"]["predictor"],
+    }
+    kept = {key: value for key, value in old.items() if key not in (VERSION, SHA256, ROLLED_BACK)}
+    if served:
+        kept[PREVIOUS] = json.dumps(before, sort_keys=True)
+    service["metadata"]["annotations"] = kept | annotations(wanted.service)
+    service["metadata"]["labels"] = (service["metadata"].get("labels") or {}) | (
+        wanted.service["metadata"].get("labels") or {}
+    )
+    service["spec"]["predictor"] = copy.deepcopy(wanted.service["spec"]["predictor"])
+    return service
+
+
+def restored(champion: Document) -> Document:
+    """The champion as it was before its last rollout."""
+    service = copy.deepcopy(champion)
+    before: dict[str, Any] = json.loads(annotations(champion)[PREVIOUS])
+    kept = {key: value for key, value in annotations(champion).items() if key not in (VERSION, SHA256, PREVIOUS)}
+    back = {VERSION: before["version"], SHA256: before["sha256"], ROLLED_BACK: storage_uri(champion)}
+    service["metadata"]["annotations"] = kept | {key: value for key, value in back.items() if value is not None}
+    service["spec"]["predictor"] = before["predictor"]
+    return service
+
+
+def _promote(
+    cluster: Cluster,
+    lease: Lease,
+    champion: Document | None,
+    wanted: Wanted,
+    timeout_s: float,
+    told: Callable[[str], None],
+) -> Status:
+    """Set the champion to the new model and wait; where it does not come up, set it back."""
+    if champion is None:
+        cluster.create(wanted.service)
+    elif not _is_set_to(champion, wanted):
+        deployment = cluster.documents(wanted.name).deployment
+        served = deployment is not None and rolled_out(deployment, str(storage_uri(champion)))
+        _change(
+            cluster, lease, wanted.name, str(storage_uri(champion)), lambda each: promoted(each, wanted, served=served)
+        )
+    try:
+        return _serving(cluster, lease, wanted.name, wanted.uri, timeout_s, told)
+    except ServingError as error:
+        lease.check()
+        now = cluster.service(wanted.name)
+        if now is None or storage_uri(now) != wanted.uri or PREVIOUS not in annotations(now):
+            raise
+        told("the champion does not come up with it: going back")
+        lease.note(uri=None, stage=None, checked=None)
+        back = _change(cluster, lease, wanted.name, wanted.uri, restored)
+        raise ServingError(f"The champion was set back to {storage_uri(back)}: {error}") from error
+
+
+def _serving(
+    cluster: Cluster, lease: Lease, name: str, uri: str, timeout_s: float, told: Callable[[str], None]
+) -> Status:
+    last = ""
+
+    def heard(found: Status) -> None:
+        nonlocal last
+        lease.check()
+        if found.line != last:
+            last = found.line
+            told(last)
+
+    return wait(cluster, name, uri, timeout_s=timeout_s, told=heard)
+
+
+def _change(cluster: Cluster, lease: Lease, name: str, uri: str, change: Callable[[Document], Document]) -> Document:
+    """Change the champion, whose status the controller writes at the same time.
+
+    Raises:
+        ServingError: where somebody else set it to another model meanwhile.
+    """
+    for attempt in range(1, _TRIES + 1):
+        lease.check()
+        service = cluster.service(name)
+        if service is None or storage_uri(service) != uri:
+            raise ServingError(
+                f"Somebody else changed {cluster.namespace}/{name} during the rollout: see what it is set to with "
+                f"avrt serving status {name}, then start the rollout again."
+            )
+        try:
+            return cluster.replace(change(service))
+        except Conflict:
+            if attempt == _TRIES:
+                raise
+            time.sleep(0.2)
+    raise AssertionError  # unreachable
+
+
+def _remove(cluster: Cluster, name: str) -> None:
+    """Delete a candidate, and wait until its pods have given their room back."""
+    cluster.delete(name)
+    deadline = time.monotonic() + _REMOVAL_S
+    while cluster.service(name) is not None or cluster.pods(name):
+        if time.monotonic() > deadline:
+            raise ServingError(
+                f"{cluster.namespace}/{name} is still there {_REMOVAL_S:g} s after it was deleted: look at its pods, "
+                "and whether KServe's controller runs."
+            )
+        time.sleep(POLL_S)
+
+
+def _is_set_to(champion: Document, wanted: Wanted) -> bool:
+    return _contains(champion["spec"], wanted.service["spec"])
+
+
+def _contains(stored: Any, applied: Any) -> bool:
+    """Whether a stored object is what was applied, but for what the cluster added."""
+    if isinstance(applied, dict) and isinstance(stored, dict):
+        return all(key in stored and _contains(stored[key], value) for key, value in applied.items())
+    if isinstance(applied, list) and isinstance(stored, list):
+        return len(stored) == len(applied) and all(map(_contains, stored, applied))
+    return bool(stored == applied)
+
+
+def _refuse_argo(champion: Document) -> None:
+    if _ARGO in annotations(champion):
+        raise UsageError(
+            f"{champion['metadata']['name']} is kept by Argo CD, which would undo this at once: change it in Git "
+            "(deployment.target=git), and go back by git revert."
+        )
+
+
+def _lease_name(name: str) -> str:
+    return f"{name}-rollout"
