@@ -54,12 +54,18 @@ push: setup ## push them: make push REGISTRY=registry.example.com/team
 pin-images: setup ## write the digests of images.yaml, as its registries serve them now
 	@$(BIN)/python -m scripts.registry
 
-.PHONY: manifests cluster-api-test
+.PHONY: manifests cluster-api-test cluster-test cluster-test-slow
 manifests: setup ## render every overlay and check it (ARGS=--release refuses images by tag; docs/manifests.md)
 	@$(BIN)/python -m scripts.manifests $(ARGS)
 
 cluster-api-test: setup ## the manifests against the API server of KUBECONFIG
 	@$(BIN)/python -m pytest tests/manifests/test_api.py $(ARGS)
+
+cluster-test: setup ## the cluster tests against KUBECONFIG; AVRT_STANDIN_IMAGE for those of serving (docs/serving.md)
+	@$(BIN)/python -m pytest tests/cluster tests/manifests -m "not slow_cluster" $(ARGS)
+
+cluster-test-slow: setup ## what needs KServe's deadline of ten minutes
+	@$(BIN)/python -m pytest tests/cluster -m slow_cluster $(ARGS)
 
 clean: ## delete .venv and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -63,7 +63,7 @@ def status(
     from avrt_lib.serving.inference_service import status as ask
 
     found = ask(Cluster(namespace), name, uri)
-    out.print(found.line, soft_wrap=True)
+    out.print(found.line, soft_wrap=True, markup=False)
     if found.state is not State.SERVING:
         raise typer.Exit(ROLLING_OUT if found.state is State.ROLLING_OUT else ServingError.exit_code)
 
@@ -126,7 +126,7 @@ def rollout(
         timeout_s=timeout_s or used.deployment.start_timeout_s,
         told=_told,
     )
-    out.print(served.line, soft_wrap=True)
+    out.print(served.line, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -142,11 +142,12 @@ def rollback(
     from avrt_lib.serving.cluster import Cluster
 
     limit = timeout_s or DeploymentConfig().start_timeout_s
-    out.print(rollouts.rollback(Cluster(namespace), name, timeout_s=limit, told=_told).line, soft_wrap=True)
+    found = rollouts.rollback(Cluster(namespace), name, timeout_s=limit, told=_told)
+    out.print(found.line, soft_wrap=True, markup=False)
 
 
 def _told(line: str) -> None:
-    err.print(line, soft_wrap=True, style="dim")
+    err.print(line, soft_wrap=True, style="dim", markup=False)
 
 
 def _questions(config: Config, samples: Path | None, runs_dir: Path, run: str | None) -> list[Sample]:

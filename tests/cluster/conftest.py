@@ -21,6 +21,10 @@ HOW_TO_SIMULATE = (
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow_cluster: waits for KServe's deadline of 600 s (make cluster-test-slow)")
+
+
 @pytest.fixture(scope="session")
 def core() -> client.CoreV1Api:
     """The cluster that KUBECONFIG names."""

@@ -126,7 +126,7 @@ def champion(uri: str = OLD, **more: str) -> Document:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Memory:
-    monkeypatch.setattr(lease, "DURATION_S", 0.3)
+    monkeypatch.setattr(lease, "DURATION_S", 1.0)
     monkeypatch.setattr(lease, "RENEW_S", 0.05)
     monkeypatch.setattr(lease, "_POLL_S", 0.02)
     monkeypatch.setattr(inference_service, "POLL_S", 0.01)
