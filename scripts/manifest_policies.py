@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Object = dict[str, Any]
 
-NAMESPACES = ("avrt", "kubeflow")
+#: By namespace that is not ours, what may stand there: permissions for its own pods, secrets for them, Applications.
+FOREIGN = {
+    "kubeflow": {"Role", "RoleBinding", "ExternalSecret", "LocalQueue"},
+    "argocd": {"Application", "AppProject"},
+}
 #: Service accounts of others that our bindings may name.
 FOREIGN_ACCOUNTS = {("kubeflow", "pipeline-runner")}
 #: Our own images, by the end of their name: the registry in front differs.
 OWN_IMAGES = ("avrt/pipeline", "avrt/train", "avrt/vllm")
 #: Names the secrets that a Job makes: NAMESPACE/NAME, separated by blanks.
 MAKES_SECRETS = "avrt/makes-secrets"
-#: What may stand in a namespace that is not ours: permissions for its own pods, and secrets for them.
-ALLOWED_IN_FOREIGN = {"Role", "RoleBinding", "ExternalSecret", "LocalQueue"}
 CORE_GROUPS = {
     "",
     "apps",
@@ -39,6 +41,7 @@ CLUSTER_KINDS = {
     "ClusterQueue",
     "ResourceFlavor",
     "ClusterStorageContainer",
+    "LocalModelNodeGroup",
 }
 _WORKLOADS = ("Deployment", "StatefulSet", "DaemonSet", "Job")
 _DANGEROUS_VERBS = {"escalate", "bind", "impersonate"}
@@ -52,11 +55,18 @@ class Build:
         name: ``production``, ``components/kueue``.
         objects: all of them.
         partial: they hold only the fields that they change in an object of somebody else.
+        around: what is on the cluster already where they are applied.
     """
 
     name: str
     objects: list[Object]
     partial: bool = False
+    around: list[Object] = field(default_factory=list)
+
+    @property
+    def present(self) -> list[Object]:
+        """Everything that the build's objects may refer to."""
+        return [*self.objects, *self.around]
 
 
 def group(document: Object) -> str:
@@ -75,6 +85,8 @@ def pods(build: Build) -> Iterator[tuple[Object, Object]]:
     for document in build.objects:
         if document["kind"] in _WORKLOADS:
             yield document, document["spec"]["template"]["spec"]
+        elif document["kind"] == "LLMInferenceService":
+            yield document, document["spec"]["template"]
         elif document["kind"] == "Pod" or document["kind"] == "ServingRuntime":
             yield document, document["spec"]
 
@@ -190,7 +202,7 @@ def roles_are_narrow(build: Build) -> Iterator[str]:
 
 def accounts_exist(build: Build) -> Iterator[str]:
     """Every service account that a pod or a binding names is in the build, or is one that we know of."""
-    have = {(d["metadata"]["namespace"], d["metadata"]["name"]) for d in build.objects if d["kind"] == "ServiceAccount"}
+    have = {(d["metadata"]["namespace"], d["metadata"]["name"]) for d in build.present if d["kind"] == "ServiceAccount"}
     for document, pod in pods(build):
         name = pod.get("serviceAccountName")
         if document["kind"] == "ServingRuntime":
@@ -226,7 +238,7 @@ def no_secret_values(build: Build) -> Iterator[str]:
 
 
 def _secret_sources(build: Build) -> Iterator[tuple[str, str]]:
-    for document in build.objects:
+    for document in build.present:
         metadata, spec = document["metadata"], document.get("spec") or {}
         for place in (metadata.get("annotations") or {}).get(MAKES_SECRETS, "").split():
             namespace, _, name = place.partition("/")
@@ -262,7 +274,7 @@ def _secret_references(build: Build) -> Iterator[tuple[str, str, str]]:
 
 def config_maps_exist(build: Build) -> Iterator[str]:
     """Every config map that a pod mounts or reads is in the build."""
-    have = {(d["metadata"].get("namespace"), d["metadata"]["name"]) for d in build.objects if d["kind"] == "ConfigMap"}
+    have = {(d["metadata"].get("namespace"), d["metadata"]["name"]) for d in build.present if d["kind"] == "ConfigMap"}
     for document, pod in pods(build):
         names = [volume["configMap"]["name"] for volume in pod.get("volumes", []) if "configMap" in volume]
         for container in containers(pod):
@@ -280,9 +292,9 @@ def namespaces_are_ours(build: Build) -> Iterator[str]:
         namespace, kind = document["metadata"].get("namespace"), document["kind"]
         if kind in CLUSTER_KINDS:
             continue
-        if namespace not in NAMESPACES:
-            yield f"{title(document)}: namespace must be one of {', '.join(NAMESPACES)}"
-        elif namespace != "avrt" and kind not in ALLOWED_IN_FOREIGN:
+        if namespace != "avrt" and namespace not in FOREIGN:
+            yield f"{title(document)}: namespace must be avrt or one of {', '.join(FOREIGN)}"
+        elif namespace in FOREIGN and kind not in FOREIGN[namespace]:
             yield f"{title(document)}: a {kind} has no place in {namespace}, which is not ours"
 
 
@@ -356,6 +368,184 @@ def images_are_pinned(build: Build) -> Iterator[str]:
         yield f"{image} is not pinned: {mend}"
 
 
+def models_are_named_by_content(build: Build) -> Iterator[str]:
+    """What a champion's pods load cannot change under its name."""
+    for document in _of(build, "InferenceService", "LLMInferenceService"):
+        name = document["metadata"]["name"]
+        model = document["spec"].get("model") or document["spec"]["predictor"]["model"]
+        uri = str(model.get("storageUri") or model.get("uri"))
+        stored = rf"s3://[a-z0-9.-]+/models/{re.escape(name)}/[0-9a-f]{{64}}"
+        if not re.fullmatch(rf"{stored}|oci\+native://[^@]+@sha256:[0-9a-f]{{64}}", uri):
+            yield f"{title(document)}: {uri} is neither s3://BUCKET/models/{name}/SHA256 nor an image by its digest"
+
+
+def services_are_complete(build: Build) -> Iterator[str]:
+    """An InferenceService leaves nothing to KServe's guess, and refers to what is there."""
+    for document in _of(build, "InferenceService"):
+        who, metadata, predictor = title(document), document["metadata"], document["spec"]["predictor"]
+        annotations = metadata.get("annotations") or {}
+        if annotations.get("serving.kserve.io/deploymentMode") != "Standard":
+            yield f"{who}: serving.kserve.io/deploymentMode must be Standard"
+        if annotations.get("serving.kserve.io/autoscalerClass") not in ("none", "hpa", "external"):
+            yield f"{who}: no serving.kserve.io/autoscalerClass: take one of components/autoscaling-*"
+        if len(metadata["name"]) + len(metadata["namespace"]) > 52:
+            yield f"{who}: name and namespace are longer than 52 characters together"
+        for kind, name in (
+            ("ServingRuntime", predictor["model"].get("runtime")),
+            ("ServiceAccount", predictor.get("serviceAccountName")),
+        ):
+            if not any(d["metadata"]["name"] == name for d in build.present if d["kind"] == kind):
+                yield f"{who}: there is no {kind} {name}"
+
+
+def drains_end_in_time(build: Build) -> Iterator[str]:
+    """A pod's grace period covers the pause before the drain, the drain, and five seconds to end."""
+    runtimes = {d["metadata"]["name"]: d["spec"] for d in build.present if d["kind"] == "ServingRuntime"}
+    for document in _of(build, "InferenceService", "LLMInferenceService"):
+        pod = document["spec"].get("template") or document["spec"]["predictor"]
+        spec = runtimes.get(pod["model"].get("runtime")) if "model" in pod else pod
+        for container in containers(spec or {}):
+            pause = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+            drain = [a.partition("=")[2] for a in container.get("args", []) if a.startswith("--shutdown-timeout=")]
+            needed = pause + int(drain[0] if drain else 0) + 5
+            if not pause or not drain:
+                yield f"{title(document)}: container {container['name']} does not pause (preStop) and drain"
+            elif pod.get("terminationGracePeriodSeconds", 30) < needed:
+                yield f"{title(document)}: terminationGracePeriodSeconds must be at least {needed}"
+
+
+def services_stay_as_written(build: Build) -> Iterator[str]:
+    """Nothing that the API server or KServe's webhook would store differently: Argo CD would see drift for ever."""
+    for document in _of(build, "InferenceService", "LLMInferenceService", "ServingRuntime", "ScaledObject"):
+        for path, value in _leaves(document["spec"], "spec"):
+            if value in ("", 0, [], {}) and value is not False:
+                yield f"{title(document)}: {path} is a zero value, which KServe removes"
+            if _is_quantity(path) and not _is_canonical(value):
+                yield f"{title(document)}: {path}: {value!r} is not in the form in which it is stored"
+            if path.endswith(".containerPort") and value and not _has_protocol(document, path):
+                yield f"{title(document)}: {path}: the port has no protocol"
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    children: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        children = value.items()
+    elif isinstance(value, list):
+        children = enumerate(value)
+    if not children or not value:
+        yield path, value
+    for key, child in children:
+        yield from _leaves(child, f"{path}.{key}")
+
+
+def _is_quantity(path: str) -> bool:
+    return path.endswith(".sizeLimit") or bool(re.search(r"\.resources\.(requests|limits)\.", path))
+
+
+def _is_canonical(value: Any) -> bool:
+    """Whether a quantity is stored as it is: a text, and the largest unit that needs no fraction.
+
+    >>> [_is_canonical(v) for v in ("500m", "2", "1Gi", 2, "0.5", "1000m", "1024Mi")]
+    [True, True, True, False, False, False, False]
+    """
+    if not isinstance(value, str) or (match := re.fullmatch(r"([1-9]\d*)(m|[kMGTPE]|[KMGTPE]i)?", value)) is None:
+        return False
+    number, unit = int(match[1]), match[2] or ""
+    return bool(number % 1024) if unit.endswith("i") else not unit or bool(number % 1000)
+
+
+def _has_protocol(document: Object, path: str) -> bool:
+    found: Any = document
+    for key in path.split(".")[:-1]:
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    return "protocol" in found
+
+
+def replicas_come_and_go_slowly(build: Build) -> Iterator[str]:
+    """A replica takes minutes to come: none is taken away in haste, nor all, and a dead Prometheus takes none."""
+    services = {d["metadata"]["name"]: d for d in _of(build, "InferenceService")}
+    for document in _of(build, "ScaledObject"):
+        spec, who = document["spec"], title(document)
+        behavior = spec.get("advanced", {}).get("horizontalPodAutoscalerConfig", {}).get("behavior", {})
+        service = services.get(spec["scaleTargetRef"]["name"].removesuffix("-predictor"))
+        if service is None:
+            yield f"{who}: there is no InferenceService for {spec['scaleTargetRef']['name']}"
+        elif service["metadata"]["annotations"].get("serving.kserve.io/autoscalerClass") != "external":
+            yield f"{who}: serving.kserve.io/autoscalerClass must be external, or KServe scales as well"
+        if spec.get("minReplicaCount", 0) < 1:
+            yield f"{who}: minReplicaCount must be at least 1"
+        if "fallback" not in spec:
+            yield f"{who}: no fallback for when Prometheus does not answer"
+        yield from _gentle(who, behavior)
+    for name, document in services.items():
+        scaling = document["spec"]["predictor"].get("autoScaling")
+        if document["metadata"].get("annotations", {}).get("serving.kserve.io/autoscalerClass") == "hpa":
+            yield from _gentle(f"InferenceService {name}", (scaling or {}).get("behavior", {}))
+
+
+def _gentle(who: str, behavior: dict[str, Any]) -> Iterator[str]:
+    down = behavior.get("scaleDown", {})
+    if down.get("stabilizationWindowSeconds", 0) < 300 or not down.get("policies"):
+        yield f"{who}: scaleDown needs stabilizationWindowSeconds of at least 300, and policies"
+
+
+def alerts_say_what_is_wrong(build: Build) -> Iterator[str]:
+    """Whoever is woken up reads how bad it is, and what it means."""
+    for document in _of(build, "PrometheusRule"):
+        for rule in (rule for group_ in document["spec"]["groups"] for rule in group_["rules"]):
+            texts = rule.get("annotations") or {}
+            if missing := {"summary", "description"} - texts.keys():
+                yield f"{title(document)}: {rule['alert']} has no {', '.join(sorted(missing))}"
+            if (rule.get("labels") or {}).get("severity") not in ("critical", "warning"):
+                yield f"{title(document)}: {rule['alert']}: severity must be critical or warning"
+            if "for" not in rule:
+                yield f"{title(document)}: {rule['alert']} has no `for`: it would fire on a moment"
+
+
+def projects_are_narrow(build: Build) -> Iterator[str]:
+    """An AppProject names its repositories, namespaces and kinds."""
+    for document in _of(build, "AppProject"):
+        spec = document["spec"]
+        allowed = [*spec.get("clusterResourceWhitelist", []), *spec.get("namespaceResourceWhitelist", [])]
+        places = [value for place in spec["destinations"] for value in place.values()]
+        values = [*spec["sourceRepos"], *places, *(value for kind in allowed for value in kind.values())]
+        if any("*" in value for value in values):
+            yield f"{title(document)}: has a wildcard"
+        # Without a list every kind of a namespace is allowed.
+        if not spec.get("namespaceResourceWhitelist") and not spec.get("namespaceResourceBlacklist"):
+            yield f"{title(document)}: no namespaceResourceWhitelist"
+        for kind in spec.get("clusterResourceWhitelist", []):
+            if "name" not in kind:
+                yield f"{title(document)}: may make any {kind['kind']}; name it"
+
+
+def applications_are_safe(build: Build) -> Iterator[str]:
+    """Compared and applied by the API server, nothing ignored, and a revert is not kept waiting."""
+    projects = {d["metadata"]["name"]: d["spec"] for d in build.present if d["kind"] == "AppProject"}
+    for document in _of(build, "Application"):
+        spec, who = document["spec"], title(document)
+        annotations = document["metadata"].get("annotations") or {}
+        project = projects.get(spec["project"])
+        if project is None:
+            yield f"{who}: there is no AppProject {spec['project']}"
+        elif spec["source"]["repoURL"] not in project["sourceRepos"]:
+            yield f"{who}: its AppProject does not have {spec['source']['repoURL']}"
+        elif spec["destination"] not in project["destinations"]:
+            yield f"{who}: its AppProject does not have {spec['destination']}"
+        if "ServerSideApply=true" not in spec["syncPolicy"].get("syncOptions", []):
+            yield f"{who}: syncOptions need ServerSideApply=true, or unknown fields are dropped silently"
+        if annotations.get("argocd.argoproj.io/compare-options") != "ServerSideDiff=true":
+            yield f"{who}: argocd.argoproj.io/compare-options must be ServerSideDiff=true"
+        if spec.get("ignoreDifferences"):
+            yield f"{who}: ignoreDifferences hides changes; write the field as it is stored"
+        if spec["syncPolicy"].get("retry", {}).get("refresh") is not True:
+            yield f"{who}: retry.refresh must be true, or a revert waits for the tries of the commit before"
+
+
+def _of(build: Build, *kinds: str) -> list[Object]:
+    return [d for d in build.objects if d["kind"] in kinds]
+
+
 Policy = Callable[[Build], Iterable[str]]
 
 #: Of everything that we run ourselves.
@@ -373,6 +563,14 @@ POLICIES: dict[str, Policy] = {
     "namespaces": namespaces_are_ours,
     "guards": namespace_is_guarded,
     "disruption budgets": servers_have_budgets,
+    "models": models_are_named_by_content,
+    "services": services_are_complete,
+    "drains": drains_end_in_time,
+    "drift": services_stay_as_written,
+    "autoscaling": replicas_come_and_go_slowly,
+    "alerts": alerts_say_what_is_wrong,
+    "projects": projects_are_narrow,
+    "applications": applications_are_safe,
 }
 
 

@@ -4,15 +4,17 @@
     python -m scripts.manifests --release production        the same, and nothing may hide behind a tag
     python -m scripts.manifests --render production         print what is checked, and only if it passes
 
-Each overlay, and each component that no overlay has, is rendered by a pinned kubectl; core kinds are checked strictly
-by kubernetes-validate, custom kinds against the CRDs in ``AVRT_CRD_DIR`` (several folders: as in PATH) or the
-validators of @kubernetes-models; then come our own policies and checkov. The tools are installed below build/.
+Each overlay, what Argo CD follows, and each component that none of them has, is rendered by a pinned kubectl; core
+kinds are checked strictly by kubernetes-validate, custom kinds against the CRDs in ``AVRT_CRD_DIR`` (several folders:
+as in PATH) or the validators of @kubernetes-models; then come our own policies and checkov. The tools are installed
+below build/.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import os
@@ -37,8 +39,16 @@ TOOLS = ROOT / "build" / "tools"
 SCHEMAS = ROOT / "build" / "manifest-schemas"
 RENDERED = ROOT / "build" / "manifests"
 KUBERNETES = "1.35"
-#: Rendered with the overlay's base, since no overlay has them: component -> what it needs beside it.
-LOOSE_COMPONENTS = {"external-s3": ("external-secrets",)}
+#: Rendered by themselves, since nothing has them: component -> what it changes, and the components beside it.
+LOOSE_COMPONENTS = {
+    "external-s3": ("base", "external-secrets"),
+    "autoscaling-hpa": ("models/avrt-student",),
+    "model-cache": ("models/avrt-student", "autoscaling-none"),
+    "modelcar": ("models/avrt-student", "autoscaling-none"),
+    "llm-inference-service": ("models/avrt-student",),
+}
+#: Objects of Kubeflow, KServe and Argo CD, with nothing but the fields that change.
+PARTIAL_COMPONENTS = ("argocd-admin", "kfp-admin", "kfp-artifacts", "kserve-admin")
 
 #: checkov's checks that we do not follow, and why.
 SKIPPED_CHECKS = {
@@ -133,34 +143,57 @@ def builds(names: Iterable[str] = ()) -> Iterator[Build]:
     Raises:
         Unmet: where a name is unknown, or something cannot be rendered.
     """
-    found: dict[str, tuple[Path, bool]] = {}
+    found: dict[str, tuple[Path, str | None]] = {}
     for folder in sorted((MANIFESTS / "overlays").iterdir()):
-        found[folder.name] = (folder, False)
+        found[folder.name] = (folder, None)
+    for folder in sorted((MANIFESTS / "serving").iterdir()):
+        found[f"serving/{folder.name}"] = (folder, folder.name)
+    for environment in ("staging", "production"):
+        bootstrap = f"argocd/bootstrap/{environment}"
+        found[bootstrap] = (MANIFESTS / bootstrap, None)
+        found[f"argocd/applications/{environment}"] = (MANIFESTS / f"argocd/applications/{environment}", bootstrap)
     for folder in sorted((MANIFESTS / "components").iterdir()):
         kind = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))["kind"]
         if kind == "Kustomization":
-            # Objects of Kubeflow and KServe, with nothing but the fields that change.
-            found[f"components/{folder.name}"] = (folder, folder.name != "kueue")
+            found[f"components/{folder.name}"] = (folder, None)
         elif folder.name in LOOSE_COMPONENTS:
-            found[f"components/{folder.name}"] = (_with_base(folder.name), False)
+            changed = LOOSE_COMPONENTS[folder.name][0]
+            found[f"components/{folder.name}"] = (_alone(folder.name), None if changed == "base" else "staging")
     if unknown := set(names) - found.keys():
         raise Unmet(f"There is no {', '.join(sorted(unknown))}; there are {', '.join(found)}.")
+    render_once = functools.cache(render)
     for name in names or found:
-        folder, partial = found[name]
-        yield Build(name, render(folder), partial)
+        folder, beside = found[name]
+        partial = name.removeprefix("components/") in PARTIAL_COMPONENTS
+        around = render_once(found[beside][0]) if beside else []
+        yield Build(name, render_once(folder), partial, around)
 
 
-def _with_base(component: str) -> Path:
+def _alone(component: str) -> Path:
     folder = RENDERED / f"with-{component}"
+    changed, *beside = LOOSE_COMPONENTS[component]
+    if changed != "base":
+        # As after a promotion.
+        patch = [
+            {"op": "add", "path": "/metadata/annotations/avrt~1model-version", "value": "1"},
+            {"op": "remove", "path": "/metadata/annotations/serving.kserve.io~1stop"},
+        ]
+        patches = [{"target": {"kind": "InferenceService"}, "patch": yaml.safe_dump(patch)}]
+        _write_kustomization(folder / "promoted", changed, [], patches=patches)
+    images = [{"name": f"avrt/{name}", "newTag": "0.1.0"} for name in ("pipeline", "vllm")]
+    _write_kustomization(folder, changed if changed == "base" else None, [*beside, component], images=images)
+    return folder
+
+
+def _write_kustomization(folder: Path, resource: str | None, components: list[str], **more: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     up = os.path.relpath(MANIFESTS, folder)
     document = {
-        "resources": [f"{up}/base"],
-        "components": [f"{up}/components/{name}" for name in (component, *LOOSE_COMPONENTS[component])],
-        "images": [{"name": f"avrt/{name}", "newTag": "0.1.0"} for name in ("pipeline", "vllm")],
+        "resources": [f"{up}/{resource}" if resource else "promoted"],
+        "components": [f"{up}/components/{name}" for name in components],
+        **more,
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
-    return folder
 
 
 def core_problems(build: Build) -> list[str]:
