@@ -15,11 +15,11 @@ from itertools import chain
 from typing import Any
 
 from avrt_lib.errors import ServingError
+from avrt_lib.promotion.manifest import MODEL_VERSION
 from avrt_lib.serving.cluster import Cluster, Document, Documents, container_statuses, terminated
 
 #: Annotation of a pod that names the model that it fetched.
 SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"
-VERSION = "avrt/model-version"
 STOP = "serving.kserve.io/stop"
 
 POLL_S = 2.0
@@ -231,8 +231,8 @@ def _status(
         name=name,
         namespace=namespace,
         uri=uri,
-        version=annotations(service).get(VERSION) if uri == storage_uri(service) else None,
-        served=tuple(sorted({uri for pod in found.pods if _is_ready(pod) and (uri := annotations(pod).get(SOURCE))})),
+        version=annotations(service).get(MODEL_VERSION) if uri == storage_uri(service) else None,
+        served=tuple(sorted({annotations(pod).get(SOURCE, "") for pod in found.pods if _is_asked(pod)})),
         detail=detail,
         mend=mend,
         may_pass=may_pass,
@@ -275,6 +275,11 @@ def _condition(document: Document, kind: str) -> dict[str, Any]:
 
 def _is_ready(pod: Document) -> bool:
     return _condition(pod, "Ready").get("status") == "True"
+
+
+def _is_asked(pod: Document) -> bool:
+    """Whether requests go to a pod; one that is being ended gets none, ready or not."""
+    return _is_ready(pod) and not pod["metadata"].get("deletionTimestamp")
 
 
 def _short(text: str) -> str:

@@ -22,11 +22,10 @@ from enum import StrEnum
 from typing import Any
 
 from avrt_lib.errors import AvrtError, ServingError, UsageError
-from avrt_lib.promotion.manifest import LONGEST_NAME_AND_NAMESPACE
+from avrt_lib.promotion.manifest import DATA, LONGEST_NAME_AND_NAMESPACE, MODEL_SHA256, MODEL_VERSION, RUN
 from avrt_lib.serving.cluster import Cluster, Conflict, Document
 from avrt_lib.serving.inference_service import (
     POLL_S,
-    VERSION,
     Status,
     annotations,
     rolled_out,
@@ -38,11 +37,11 @@ from avrt_lib.serving.lease import Lease
 log = logging.getLogger("avrt.serving")
 
 CANDIDATE = "-candidate"
-SHA256 = "avrt/model-sha256"
-#: What the champion was before, as JSON: uri, version, sha256, predictor.
+#: What the champion was before, as JSON: uri, annotations (version, hash, run, data), predictor.
 PREVIOUS = "avrt/previous"
 #: The model that a rollback took away.
 ROLLED_BACK = "avrt/rolled-back-from"
+_ORIGIN = (MODEL_VERSION, MODEL_SHA256, RUN, DATA)
 _ARGO = "argocd.argoproj.io/tracking-id"
 _CHECKED, _URI, _STAGE = "avrt/checked", "avrt/uri", "avrt/stage"
 _REMOVAL_S = 180.0
@@ -104,7 +103,7 @@ def to_uri(champion: Document, uri: str, version: str | None) -> Wanted:
         "kind": champion["kind"],
         "metadata": {
             "name": champion["metadata"]["name"],
-            "annotations": {VERSION: version} if version else {},
+            "annotations": {MODEL_VERSION: version} if version else {},
             "labels": champion["metadata"].get("labels") or {},
         },
         "spec": copy.deepcopy(champion["spec"]),
@@ -236,11 +235,10 @@ def promoted(champion: Document, wanted: Wanted, *, served: bool) -> Document:
     service, old = copy.deepcopy(champion), annotations(champion)
     before = {
         "uri": storage_uri(champion),
-        "version": old.get(VERSION),
-        "sha256": old.get(SHA256),
+        "annotations": {key: old[key] for key in _ORIGIN if key in old},
         "predictor": champion["spec"]["predictor"],
     }
-    kept = {key: value for key, value in old.items() if key not in (VERSION, SHA256, ROLLED_BACK)}
+    kept = {key: value for key, value in old.items() if key not in (*_ORIGIN, ROLLED_BACK)}
     if served:
         kept[PREVIOUS] = json.dumps(before, sort_keys=True)
     service["metadata"]["annotations"] = kept | annotations(wanted.service)
@@ -255,9 +253,8 @@ def restored(champion: Document) -> Document:
     """The champion as it was before its last rollout."""
     service = copy.deepcopy(champion)
     before: dict[str, Any] = json.loads(annotations(champion)[PREVIOUS])
-    kept = {key: value for key, value in annotations(champion).items() if key not in (VERSION, SHA256, PREVIOUS)}
-    back = {VERSION: before["version"], SHA256: before["sha256"], ROLLED_BACK: storage_uri(champion)}
-    service["metadata"]["annotations"] = kept | {key: value for key, value in back.items() if value is not None}
+    kept = {key: value for key, value in annotations(champion).items() if key not in (*_ORIGIN, PREVIOUS)}
+    service["metadata"]["annotations"] = kept | before["annotations"] | {ROLLED_BACK: storage_uri(champion)}
     service["spec"]["predictor"] = before["predictor"]
     return service
 

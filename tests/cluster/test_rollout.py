@@ -208,7 +208,8 @@ def test_the_deployment_step(place: Place, config: Config, samples: Path, tmp_pa
         assert (facts["ok"], facts["uri"], facts["answers"], facts["well_formed"]) == (True, uri(model), 3, 3)
         questions = read_json(tmp_path / "check/check.json")["questions"]
         assert {question["reasoning"] for question in questions} == {model}
-    assert json.loads(annotations(stored(place, name))[PREVIOUS])["version"] == "1"
+    before = json.loads(annotations(stored(place, name))[PREVIOUS])
+    assert before["annotations"]["avrt/model-version"] == "1"
     line = subprocess.run(
         command(place, "status", name, f"--uri={uri('v3')}"), capture_output=True, text=True, check=False
     )

@@ -176,7 +176,7 @@ def test_the_champion_tells_what_it_was(running: Memory) -> None:
     stored = running.service(NAME)
     assert stored is not None
     before = json.loads(annotations(stored)[PREVIOUS])
-    assert (before["uri"], before["version"]) == (OLD, "6")
+    assert (before["uri"], before["annotations"]) == (OLD, {"avrt/model-version": "6"})
     assert annotations(stored)["avrt/model-version"] == "7"
 
 
