@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from avrt_lib.cli.console import err, out
+from avrt_lib.cli.models import Debug
 from avrt_lib.cli.options import find_config, resolve
 from avrt_lib.config import Config, SourceConfig, parse_set
 from avrt_lib.errors import ServingError, UsageError
@@ -29,13 +29,6 @@ ROLLING_OUT = 75
 CHAMPION = "avrt-student"
 
 
-def _debug(value: bool) -> bool:
-    if value:
-        os.environ["AVRT_DEBUG"] = "1"
-    return value
-
-
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_debug, is_eager=True)]
 Name = Annotated[str, typer.Argument(help="The champion's InferenceService.")]
 Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Where it is.")]
 Timeout = Annotated[
