@@ -28,6 +28,16 @@ def rendered() -> dict[str, Build]:
     return {build.name: build for build in manifests.builds()}
 
 
+def one(build: Build, kind: str, name: str, namespace: str | None = "avrt") -> Object:
+    """The object of this name."""
+    (found,) = [
+        d
+        for d in build.objects
+        if (d["kind"], d["metadata"]["name"], d["metadata"].get("namespace")) == (kind, name, namespace)
+    ]
+    return found
+
+
 @dataclass
 class Cluster:
     """kubectl on the cluster of KUBECONFIG."""
@@ -91,15 +101,30 @@ def cluster(rendered: dict[str, Build]) -> Iterator[Cluster]:
             result.kubectl("delete", "namespace", "kubeflow", "--wait=false")
 
 
+#: Definitions that a cluster may lack; the objects of these kinds are then only stored.
+DEFINITIONS = (
+    "serving.kserve.io_servingruntimes",
+    "serving.kserve.io_inferenceservices",
+    "serving.kserve.io_clusterstoragecontainers",
+    "serving.kserve.io_llminferenceservices",
+    "serving.kserve.io_localmodelnodegroups",
+    "serving.kserve.io_localmodelnamespacecaches",
+    "keda.sh_scaledobjects",
+    "argoproj.io_appprojects",
+    "argoproj.io_applications",
+)
+
+
 def _install_definitions(cluster: Cluster) -> None:
     default = manifests.ROOT.parent / "shared" / "crds"
     folders = os.environ.get("AVRT_CRD_DIR", str(default) if default.is_dir() else "")
     for folder in filter(None, folders.split(os.pathsep)):
-        for plural in ("servingruntimes", "inferenceservices", "clusterstoragecontainers"):
-            path = Path(folder) / f"serving.kserve.io_{plural}.yaml"
-            if path.exists() and not cluster.has("crd", f"{plural}.serving.kserve.io"):
+        for definition in DEFINITIONS:
+            group, _, plural = definition.partition("_")
+            path = Path(folder) / f"{definition}.yaml"
+            if path.exists() and not cluster.has("crd", f"{plural}.{group}"):
                 cluster.kubectl("apply", "--server-side", "-f", str(path))
-                _wait_until_established(cluster, f"{plural}.serving.kserve.io")
+                _wait_until_established(cluster, f"{plural}.{group}")
 
 
 def _wait_until_established(cluster: Cluster, name: str) -> None:

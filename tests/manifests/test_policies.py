@@ -186,7 +186,7 @@ def test_pod_policies_refuse(policy: str, change: Change, message: str) -> None:
         (
             "namespaces",
             {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s", "namespace": "default"}},
-            "namespace must be one of",
+            "namespace must be avrt or one of",
         ),
         (
             "namespaces",
@@ -262,6 +262,220 @@ def test_the_test_overlay_has_no_kind_that_may_be_missing() -> None:
         "spec": {},
     }
     assert "may be missing" in found(monitor, name="test")["self-contained"][0]
+
+
+SHA = "0" * 64
+GENTLE = {"scaleDown": {"stabilizationWindowSeconds": 600, "policies": [{"type": "Pods", "value": 1}]}}
+
+
+def runtime() -> Object:
+    """A ServingRuntime that pauses and drains."""
+    (container,) = pod_of(deployment())["containers"]
+    container |= {"args": ["--shutdown-timeout=45"], "lifecycle": {"preStop": {"sleep": {"seconds": 8}}}}
+    container["securityContext"] |= {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    container["ports"][0]["protocol"] = "TCP"
+    for probe in ("livenessProbe", "readinessProbe", "startupProbe"):
+        container[probe] = {"httpGet": {"port": 8080}}
+    metadata = {"name": "vllm", "namespace": "avrt"}
+    kind = {"apiVersion": "serving.kserve.io/v1alpha1", "kind": "ServingRuntime"}
+    return {**kind, "metadata": metadata, "spec": {"containers": [container]}}
+
+
+def champion() -> Object:
+    """An InferenceService that every policy takes."""
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {
+            "name": "student",
+            "namespace": "avrt",
+            "annotations": {
+                "serving.kserve.io/deploymentMode": "Standard",
+                "serving.kserve.io/autoscalerClass": "external",
+            },
+        },
+        "spec": {
+            "predictor": {
+                "serviceAccountName": "server",
+                "terminationGracePeriodSeconds": 60,
+                "model": {
+                    "runtime": "vllm",
+                    "storageUri": f"s3://avrt/models/student/{SHA}",
+                    "resources": {"limits": {"cpu": "2", "memory": "1Gi"}},
+                },
+            }
+        },
+    }
+
+
+def scaled() -> Object:
+    """Its ScaledObject."""
+    return {
+        "apiVersion": "keda.sh/v1alpha1",
+        "kind": "ScaledObject",
+        "metadata": {"name": "student", "namespace": "avrt"},
+        "spec": {
+            "scaleTargetRef": {"name": "student-predictor"},
+            "minReplicaCount": 1,
+            "fallback": {"replicas": 1},
+            "advanced": {"horizontalPodAutoscalerConfig": {"behavior": copy.deepcopy(GENTLE)}},
+        },
+    }
+
+
+def project() -> Object:
+    """An AppProject for one repository, one namespace and two kinds."""
+    return {
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "AppProject",
+        "metadata": {"name": "models", "namespace": "argocd"},
+        "spec": {
+            "sourceRepos": ["https://git.example.com/manifests.git"],
+            "destinations": [{"server": "https://kubernetes.default.svc", "namespace": "avrt"}],
+            "clusterResourceWhitelist": [{"group": "", "kind": "Namespace", "name": "avrt"}],
+            "namespaceResourceWhitelist": [{"group": "serving.kserve.io", "kind": "InferenceService"}],
+        },
+    }
+
+
+def application() -> Object:
+    """An Application of that project."""
+    return {
+        "apiVersion": "argoproj.io/v1alpha1",
+        "kind": "Application",
+        "metadata": {
+            "name": "models",
+            "namespace": "argocd",
+            "annotations": {"argocd.argoproj.io/compare-options": "ServerSideDiff=true"},
+        },
+        "spec": {
+            "project": "models",
+            "source": {"repoURL": "https://git.example.com/manifests.git"},
+            "destination": {"server": "https://kubernetes.default.svc", "namespace": "avrt"},
+            "syncPolicy": {"syncOptions": ["ServerSideApply=true"], "retry": {"refresh": True}},
+        },
+    }
+
+
+def rule() -> Object:
+    """A PrometheusRule with one alert."""
+    alert = {
+        "alert": "Down",
+        "for": "5m",
+        "labels": {"severity": "critical"},
+        "annotations": {"summary": "s", "description": "d"},
+    }
+    return {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "alerts", "namespace": "avrt"},
+        "spec": {"groups": [{"rules": [alert]}]},
+    }
+
+
+def serving() -> list[Object]:
+    """Everything of serving, right."""
+    return [runtime(), champion(), scaled(), project(), application(), rule()]
+
+
+def test_right_serving_passes() -> None:
+    assert found(*serving()) == {}
+
+
+def put(kind: str, path: str, value: Any) -> Callable[[list[Object]], None]:
+    """Set, or with None delete, the field of the object of this kind; ``~`` stands for a slash in a key."""
+
+    def change(objects: list[Object]) -> None:
+        (here,) = [d for d in objects if d["kind"] == kind]
+        *keys, last = (key.replace("~", "/") for key in path.split("/"))
+        for key in keys:
+            here = here[int(key)] if isinstance(here, list) else here.setdefault(key, {})
+        if value is None:
+            del here[last]
+        else:
+            here[last] = value
+
+    return change
+
+
+MODEL = "spec/predictor/model"
+DOWN = "spec/advanced/horizontalPodAutoscalerConfig/behavior/scaleDown"
+ANNOTATION = "metadata/annotations"
+ALERT = "spec/groups/0/rules/0"
+
+
+@pytest.mark.parametrize(
+    ("policy", "kind", "path", "value", "message"),
+    [
+        ("models", "InferenceService", f"{MODEL}/storageUri", "s3://avrt/models/student/latest", "SHA256"),
+        ("models", "InferenceService", f"{MODEL}/storageUri", f"s3://avrt/models/other/{SHA}", "SHA256"),
+        ("models", "InferenceService", f"{MODEL}/storageUri", "oci+native://r.example.com/m:1", "by its digest"),
+        ("models", "InferenceService", f"{MODEL}/storageUri", f"oci://r.example.com/m@sha256:{SHA}", "by its digest"),
+        ("services", "InferenceService", f"{MODEL}/runtime", "nosuch", "there is no ServingRuntime nosuch"),
+        ("services", "InferenceService", "spec/predictor/serviceAccountName", "nosuch", "no ServiceAccount nosuch"),
+        ("services", "InferenceService", "metadata/annotations", {}, "must be Standard"),
+        ("drains", "InferenceService", "spec/predictor/terminationGracePeriodSeconds", 57, "must be at least 58"),
+        ("drains", "ServingRuntime", "spec/containers/0/lifecycle", None, "does not pause"),
+        ("drains", "ServingRuntime", "spec/containers/0/args", ["--port=1"], "does not pause (preStop) and drain"),
+        ("drift", "InferenceService", f"{MODEL}/resources/limits/cpu", 2, "limits.cpu: 2 is not in the form"),
+        ("drift", "InferenceService", f"{MODEL}/resources/limits/cpu", "2000m", "'2000m' is not in the form"),
+        ("drift", "InferenceService", f"{MODEL}/resources/limits/cpu", "0.5", "'0.5' is not in the form"),
+        ("drift", "InferenceService", f"{MODEL}/resources/limits/memory", "1024Mi", "'1024Mi' is not in the form"),
+        ("drift", "InferenceService", f"{MODEL}/args", [], "args is a zero value"),
+        ("drift", "InferenceService", "spec/predictor/maxReplicas", 0, "maxReplicas is a zero value"),
+        ("drift", "InferenceService", f"{MODEL}/env", [{"name": "A", "value": ""}], "env.0.value is a zero value"),
+        ("drift", "ServingRuntime", "spec/containers/0/ports/0/protocol", None, "the port has no protocol"),
+        ("autoscaling", "ScaledObject", "spec/minReplicaCount", 0, "minReplicaCount must be at least 1"),
+        ("autoscaling", "ScaledObject", "spec/fallback", None, "no fallback"),
+        ("autoscaling", "ScaledObject", "spec/scaleTargetRef/name", "x-predictor", "no InferenceService for x-pred"),
+        ("autoscaling", "ScaledObject", f"{DOWN}/stabilizationWindowSeconds", 60, "of at least 300"),
+        ("autoscaling", "ScaledObject", f"{DOWN}/policies", None, "and policies"),
+        (
+            "autoscaling",
+            "InferenceService",
+            f"{ANNOTATION}/serving.kserve.io~autoscalerClass",
+            "none",
+            "autoscalerClass must be external",
+        ),
+        ("alerts", "PrometheusRule", f"{ALERT}/for", None, "has no `for`"),
+        ("alerts", "PrometheusRule", f"{ALERT}/labels", {}, "severity must be"),
+        ("alerts", "PrometheusRule", f"{ALERT}/annotations/summary", None, "has no summary"),
+        ("projects", "AppProject", "spec/namespaceResourceWhitelist/0/kind", "*", "has a wildcard"),
+        ("projects", "AppProject", "spec/clusterResourceWhitelist/0/name", None, "any Namespace; name it"),
+        ("projects", "AppProject", "spec/namespaceResourceWhitelist", [], "no namespaceResourceWhitelist"),
+        ("applications", "Application", "spec/project", "default", "there is no AppProject default"),
+        ("applications", "Application", "spec/source/repoURL", "https://elsewhere", "does not have https://elsewhere"),
+        ("applications", "Application", "spec/destination/namespace", "kubeflow", "does not have {"),
+        ("applications", "Application", "spec/syncPolicy/syncOptions", [], "need ServerSideApply=true"),
+        ("applications", "Application", "spec/syncPolicy/retry", {}, "retry.refresh must be true"),
+        ("applications", "Application", "spec/ignoreDifferences", [{"kind": "A"}], "hides changes"),
+        ("applications", "Application", "metadata/annotations", {}, "must be ServerSideDiff=true"),
+        ("namespaces", "Application", "metadata/namespace", "kubeflow", "has no place in kubeflow"),
+    ],
+)
+def test_serving_policies_refuse(policy: str, kind: str, path: str, value: Any, message: str) -> None:
+    objects = serving()
+    put(kind, path, value)(objects)
+    assert message in "\n".join(found(*objects)[policy])
+
+
+def test_a_repository_for_everybody_is_refused() -> None:
+    objects = serving()
+    put("AppProject", "spec/sourceRepos", ["*"])(objects)
+    assert "has a wildcard" in found(*objects)["projects"][0]
+
+
+def test_an_hpa_that_takes_replicas_away_in_haste_is_refused() -> None:
+    (service,) = [d for d in serving() if d["kind"] == "InferenceService"]
+    service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] = "hpa"
+    assert "of at least 300" in found(runtime(), service)["autoscaling"][0]
+    service["spec"]["predictor"]["autoScaling"] = {"behavior": GENTLE}
+    assert found(runtime(), service) == {}
+
+
+def test_what_is_on_the_cluster_already_may_be_referred_to() -> None:
+    around_it = [*around(), runtime(), deployment()]
+    assert [x for wrong in policies.problems(Build("s", [champion()], around=around_it)).values() for x in wrong] == []
 
 
 @pytest.mark.parametrize(
