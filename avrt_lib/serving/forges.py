@@ -186,6 +186,10 @@ class _Gitea(_Forge):
     def api(host: str) -> str:
         return f"https://{host}/api/v1"
 
+    @staticmethod
+    def headers(token: str) -> dict[str, str]:
+        return {"Authorization": f"token {token}"}
+
     def find(self, branch: str, base: str) -> str | None:
         page = 1
         while True:

@@ -26,6 +26,7 @@ _LONGEST_WAIT_S = 4.0
 MANIFEST_FILE = "inferenceservice.yaml"
 #: Not JSON: Argo CD takes every JSON file of a plain folder for an object of the cluster.
 EVIDENCE_FILE = "evidence.md"
+_STOPPED = "serving.kserve.io/stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ class Promotion:
 
     def _story(self, before: str | None) -> str:
         test, held = self._decision["test"], _parsed(before)
-        if held is None:
+        if held is None or _annotations(held).get(_STOPPED) == "true":
             effect = f"This takes {self.name} off the cluster, since it had no model before."
         else:
             version = _version(held)
@@ -228,8 +229,8 @@ def _put(repository: Repository, config: Config, promotion: Promotion) -> tuple[
     target, tip = config.deployment.manifests_branch, None
     if proposing:
         target = promotion.branch
-        tip = repository.branches().get(target, "")
-        if tip and _still_good(repository, promotion, base, repository.fetch(target)):
+        tip = repository.fetch(target) if target in repository.branches() else ""
+        if tip and _still_good(repository, promotion, base, tip):
             return tip, False
     commit = repository.commit(base, promotion.files(before), promotion.message(before))
     repository.push(commit, target, replacing=tip)

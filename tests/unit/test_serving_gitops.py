@@ -2,103 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shlex
 import stat
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from avrt_lib.config import Config, load
+from avrt_lib.config import load
 from avrt_lib.errors import ConfigError, ServingError
-from avrt_lib.serving import gitops
 from avrt_lib.serving.git import Repository
-
-SOURCE = Path(__file__).parents[2] / "configs/miniature.yaml"
-PLACE = "models/avrt-miniature"
-
-
-def git(folder: Path, *arguments: str) -> str:
-    identity = ("-c", "user.name=t", "-c", "user.email=t@localhost")
-    return subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True).stdout
-
-
-def write_seed(seed: Path, files: dict[str, str], subject: str) -> None:
-    """Somebody else's commit."""
-    for name, text in files.items():
-        (seed / name).parent.mkdir(parents=True, exist_ok=True)
-        (seed / name).write_text(text)
-    git(seed, "add", ".")
-    git(seed, "commit", "--quiet", "-m", subject)
-    git(seed, "push", "--quiet", "origin", "main")
+from tests.git_remote import (
+    PLACE,
+    SOURCE,
+    Model,
+    configured,
+    git,
+    make_remote,
+    pull_and_push_files,
+    push_files,
+    subjects,
+    without_own_settings,
+)
 
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
-    bare = tmp_path / "remote.git"
-    git(tmp_path, "init", "--quiet", "--bare", "--initial-branch=main", str(bare))
-    git(tmp_path, "clone", "--quiet", str(bare), "seed")
-    git(tmp_path / "seed", "checkout", "--quiet", "-b", "main")
-    write_seed(tmp_path / "seed", {"README.md": "manifests\n", "models/.gitkeep": ""}, "seed")
-    return bare
-
-
-def configured(url: Path | str, **more: Any) -> Config:
-    address = url if "://" in str(url) else f"file://{url}"
-    return load(SOURCE, {"deployment.target": "git", "deployment.manifests_url": address, **more})
-
-
-@dataclasses.dataclass
-class Model:
-    """What promotion decides about a model."""
-
-    version: int | None = 3
-    sha256: str = "abcdef1234567890"
-    run: str = "run-1"
-    cpu: str = "4"
-
-    def promote(self, config: Config, folder: Path) -> gitops.Change:
-        path = folder / "inferenceservice.yaml"
-        path.write_text(self.manifest())
-        return gitops.commit_manifest(config, path, self.decision())
-
-    def manifest(self) -> str:
-        annotations = {"avrt/model-sha256": self.sha256, "avrt/run": self.run, "avrt/data-hash": "d4t4"}
-        if self.version is not None:
-            annotations["avrt/model-version"] = str(self.version)
-        model = {"storageUri": self.uri, "resources": {"limits": {"cpu": self.cpu}}}
-        return yaml.safe_dump(
-            {
-                "kind": "InferenceService",
-                "metadata": {"name": "avrt-miniature", "annotations": annotations},
-                "spec": {"predictor": {"model": model}},
-            }
-        )
-
-    def decision(self) -> dict[str, Any]:
-        return {
-            "promoted": True,
-            "model": "grpo",
-            "version": self.version,
-            "uri": self.uri,
-            "sha256": self.sha256,
-            "reason": "grpo is promoted: 90.0% against 30.0% of the base on 40 validation questions, p = 1e-09.",
-            "test": {"p_value": 1e-9, "n": 40, "wins": 24, "losses": 0},
-            "validation_accuracy": {"base": 0.3, "sft": 0.75, "grpo": 0.9},
-        }
-
-    @property
-    def uri(self) -> str:
-        return f"s3://avrt/models/avrt-miniature/{self.sha256}"
-
-
-def subjects(remote: Path, branch: str = "main") -> list[str]:
-    return git(remote, "log", "--format=%s", branch).splitlines()
+    without_own_settings(monkeypatch)
+    return make_remote(tmp_path)
 
 
 def test_the_commit_carries_manifest_and_evidence(remote: Path, tmp_path: Path) -> None:
@@ -133,7 +65,7 @@ def test_the_rollback_command_brings_the_model_before_back(remote: Path, tmp_pat
     first, second = Model(version=3), Model(version=4, sha256="f00")
     for model in (first, second):
         model.promote(configured(remote), tmp_path)
-    write_seed_after_pull(tmp_path / "seed", {"other.txt": "later"}, "another change")
+    pull_and_push_files(tmp_path / "seed", {"other.txt": "later"}, "another change")
     evidence = git(remote, "show", f"main:{PLACE}/evidence.md")
     assert "brings back version 3 (s3://avrt/models/avrt-miniature/abcdef1234567890)" in evidence
     command = re.search(r"^    (git revert .*)$", evidence, re.MULTILINE)
@@ -143,14 +75,9 @@ def test_the_rollback_command_brings_the_model_before_back(remote: Path, tmp_pat
     assert (tmp_path / "seed/other.txt").exists()
 
 
-def write_seed_after_pull(seed: Path, files: dict[str, str], subject: str) -> None:
-    git(seed, "pull", "--quiet", "--ff-only", "origin", "main")
-    write_seed(seed, files, subject)
-
-
 def test_the_same_model_is_not_committed_twice(remote: Path, tmp_path: Path) -> None:
     first = Model().promote(configured(remote), tmp_path)
-    write_seed_after_pull(tmp_path / "seed", {"other.txt": ""}, "another change")
+    pull_and_push_files(tmp_path / "seed", {"other.txt": ""}, "another change")
     assert Model(run="another-run").promote(configured(remote), tmp_path) == first
     assert len(subjects(remote)) == 3
 
@@ -166,7 +93,7 @@ def test_a_push_in_between_is_taken_in(remote: Path, tmp_path: Path, monkeypatch
 
     def push_after_another(self: Repository, *arguments: Any, **more: Any) -> None:
         if not (tmp_path / "seed/other.txt").exists():
-            write_seed(tmp_path / "seed", {"other.txt": "other"}, "other")
+            push_files(tmp_path / "seed", {"other.txt": "other"}, "other")
         push(self, *arguments, **more)
 
     monkeypatch.setattr(Repository, "push", push_after_another)
@@ -187,6 +114,13 @@ def test_a_newer_version_is_never_replaced(remote: Path, tmp_path: Path, model: 
     with pytest.raises(ServingError, match=said):
         model.promote(configured(remote), tmp_path)
     assert len(subjects(remote)) == 2
+
+
+def test_a_stopped_placeholder_is_no_model_to_go_back_to(remote: Path, tmp_path: Path) -> None:
+    placeholder = "kind: InferenceService\nmetadata: {annotations: {serving.kserve.io/stop: 'true'}}\n"
+    push_files(tmp_path / "seed", {f"{PLACE}/inferenceservice.yaml": placeholder}, "before the first promotion")
+    Model().promote(configured(remote), tmp_path)
+    assert "takes avrt-miniature off the cluster" in git(remote, "log", "-1", "--format=%B", "main")
 
 
 def test_an_unregistered_model_may_be_replaced(remote: Path, tmp_path: Path) -> None:
@@ -250,7 +184,7 @@ def test_credentials_are_not_shown(remote: Path, tmp_path: Path, monkeypatch: py
 def test_links_and_files_in_the_way_lead_nowhere(remote: Path, tmp_path: Path) -> None:
     (tmp_path / "seed/models/avrt-miniature").symlink_to(tmp_path / "outside")
     (tmp_path / "outside").mkdir()
-    write_seed(tmp_path / "seed", {}, "a link")
+    push_files(tmp_path / "seed", {}, "a link")
     with pytest.raises(ServingError, match="update-index"):
         Model().promote(configured(remote), tmp_path)
     assert list((tmp_path / "outside").iterdir()) == []
