@@ -226,6 +226,9 @@ class SftConfig(OptimizerConfig):
     max_steps: int | None = Field(None, ge=1, description="a cap on the steps, whatever the epochs")
     target: Literal["reasoning", "answer"] = Field("reasoning", description="answer: the control without traces")
     modality_dropout: float = _sourced(0.0, OURS, ge=0, lt=1)
+    modality_dropout_types: list[str] | None = Field(
+        None, description="the question types that may lose a modality; all of them if not given"
+    )
     type_balance: float = _sourced(0.0, OURS, ge=0, le=2)
     stop_low: float | None = Field(None, gt=0, lt=1, description="stop at the first validation accuracy this high")
     stop_high: float = Field(0.8, gt=0, le=1, description="… and not higher: go back and take smaller steps")

@@ -89,6 +89,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
         steps * rows_per_step,
         seed=config.seed,
         dropout=section.modality_dropout,
+        dropout_types=section.modality_dropout_types,
         balance=section.type_balance,
     )
     folder = workspace.scratch / "checkpoints"
@@ -201,7 +202,13 @@ def _in_students_form(reasoning: str) -> str:
 
 
 def schedule(
-    examples: Sequence[Example], count: int, *, seed: int, dropout: float, balance: float = 0.0
+    examples: Sequence[Example],
+    count: int,
+    *,
+    seed: int,
+    dropout: float,
+    dropout_types: Sequence[str] | None = None,
+    balance: float = 0.0,
 ) -> list[tuple[int, str]]:
     """Which example stands in which condition at each place of the run, epoch after epoch.
 
@@ -214,6 +221,8 @@ def schedule(
         count: rows of the whole run.
         seed: of the order and the dropout.
         dropout: the share of rows that lose a modality, where they have a target for the other.
+        dropout_types: the question types whose rows may lose one; None: all. A teacher that was right about a question
+            that needs both modalities has guessed, which is nothing to learn.
         balance: how far the question types are evened out (ours; the filter keeps few of the types that one modality
             cannot answer): a type of n rows gets a share of an epoch in proportion to n ** (1 - balance), so that above
             1 a rarer type gets more. The rows of a very rare one (below a tenth) are not repeated more than that.
@@ -236,7 +245,8 @@ def schedule(
         draw.shuffle(indices)
         for index in indices:
             dropped, condition = draw.random() < dropout, draw.choice(("audio_only", "vision_only"))
-            usable = dropped and condition in examples[index].targets
+            may_drop = dropout_types is None or examples[index].sample.question_type in dropout_types
+            usable = dropped and may_drop and condition in examples[index].targets
             order.append((index, condition if usable else "av"))
         epoch += 1
     return order[:count]

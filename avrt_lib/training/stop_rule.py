@@ -115,19 +115,17 @@ class StopRule(TrainerCallback):
         self.report(state.global_step, accuracy)
         log.info("validation accuracy %.3f, worst type %.3f, at step %d", accuracy, worst, state.global_step)
         low, high = self.config.stop_low or 0.0, self.config.stop_high
-        if low <= accuracy <= high and worst >= self.config.stop_type_low:
-            self.outcome = "band"
-            control.should_training_stop = True
-        elif accuracy > high and not (self.can_retreat and self.retreats < MAX_RETREATS):
-            self.outcome = "above_band"
-            control.should_training_stop = True
-        elif accuracy > high:
-            self._retreat(model, optimizer, lr_scheduler)
-            self.next_step = state.global_step + self.interval
-        else:
+        if accuracy < low or worst < self.config.stop_type_low:
+            # A shortcut may lie above the band too: going back would only keep it.
             self.next_step = state.global_step + self.interval
             if self.can_retreat:
                 self.snapshot = _take(model, optimizer, accuracy=accuracy)
+        elif accuracy > high and self.can_retreat and self.retreats < MAX_RETREATS:
+            self._retreat(model, optimizer, lr_scheduler)
+            self.next_step = state.global_step + self.interval
+        else:
+            self.outcome = "above_band" if accuracy > high else "band"
+            control.should_training_stop = True
         return control
 
     def _retreat(self, model: Any, optimizer: Any, lr_scheduler: Any) -> None:

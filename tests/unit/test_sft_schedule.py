@@ -67,6 +67,16 @@ def test_dropout_takes_either_modality_from_its_share_of_rows() -> None:
     assert found["vision_only"] == pytest.approx(1000, abs=120)
 
 
+def test_only_the_types_that_may_lose_a_modality_do() -> None:
+    examples = rows(either=20, both=20)
+    order = schedule(examples, 400, seed=0, dropout=0.9, dropout_types=["either"])
+    kept = Counter(examples[index].sample.question_type for index, condition in order if condition == "av")
+    lost = Counter(examples[index].sample.question_type for index, condition in order if condition != "av")
+    assert kept["both"] == 200
+    assert lost["either"] == pytest.approx(180, abs=15)
+    assert not lost["both"]
+
+
 def test_a_row_without_a_target_for_a_condition_keeps_both_modalities() -> None:
     examples = [Example(rows(either=1)[0].sample, {"av": "x", "audio_only": "y"})]
     assert "vision_only" not in {condition for _, condition in schedule(examples, 200, seed=0, dropout=0.9)}

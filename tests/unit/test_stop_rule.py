@@ -79,6 +79,13 @@ def test_a_question_type_that_is_guessed_keeps_it_going() -> None:
     assert run.rule.outcome == "band"
 
 
+def test_a_shortcut_above_the_band_is_not_gone_back_from() -> None:
+    run = Run([0.7, 0.9, 0.75], worst=[0.3, 0.4, 0.6])
+    assert run.until_stop() == 12
+    assert run.model.weight.item() == pytest.approx(12.0)
+    assert run.rule.outcome == "band"
+
+
 def test_a_jump_over_the_band_goes_back_and_takes_smaller_steps() -> None:
     run = Run([0.5, 0.9, 0.7])
     for _ in range(8):
