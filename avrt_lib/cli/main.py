@@ -189,19 +189,46 @@ def ask(
     audio: Annotated[Path | None, typer.Option(help="Sound in a file of its own.", metavar="FILE")] = None,
     url: Annotated[str, typer.Option(help="The address of the server.")] = "http://127.0.0.1:8000/v1",
     api_key: Annotated[
-        str | None, typer.Option(help="Its key [the one in the runs folder].", envvar="AVRT_API_KEY")
+        str | None, typer.Option(help="Its key [on this machine: the one in the runs folder].", envvar="AVRT_API_KEY")
+    ] = None,
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Read the key from this variable; others can see --api-key.", metavar="VARIABLE")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name [the one that is served].")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="The model's configuration, instead of a run's.", metavar="FILE"),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Longest wait in seconds.", min=0.001, metavar="SECONDS")
     ] = None,
     run: RunName = "latest",
     runs_dir: RunsDir = RUNS,
     debug: Debug = False,
 ) -> None:
-    """Ask the served model about a clip; shows its reasoning and its answer.
+    """Ask a served model about a clip; shows its reasoning and its answer.
 
-    Example: `avrt ask --video clip.mp4 "What is heard?" --option "a dog" --option "a cat"`
+    The configuration (of the run, or `--config`) names the prompt and what is kept of the clip. `SSL_CERT_FILE` names a
+    certificate authority of your own.
+
+    Examples: `avrt ask --video clip.mp4 "What is heard?" --option "a dog" --option "a cat"`,
+    `avrt ask --url https://models.example.com --api-key-env KEY --config configs/avrt-3b.yaml --video clip.mp4 "…"`
     """
-    from avrt_lib.cli.serve import ask_model
+    from avrt_lib.cli.serve import ask_model, key_from
 
-    ask_model(runs_dir, run, question, option or [], video=video, audio=audio, url=url, api_key=api_key)
+    ask_model(
+        runs_dir,
+        run,
+        question,
+        option or [],
+        config_file=config,
+        video=video,
+        audio=audio,
+        url=url,
+        api_key=key_from(api_key_env) if api_key_env else api_key,
+        model=model,
+        timeout_s=timeout,
+    )
 
 
 @app.command()

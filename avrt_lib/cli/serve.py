@@ -154,31 +154,59 @@ def ask_model(
     question: str,
     options: list[str],
     *,
+    config_file: Path | None,
     video: Path | None,
     audio: Path | None,
     url: str,
     api_key: str | None,
+    model: str | None,
+    timeout_s: float | None,
 ) -> None:
-    """Ask the served model about a clip, and print its reasoning and its answer.
+    """Ask a served model about a clip, and print its reasoning and its answer.
+
+    Args:
+        runs_dir: where runs are kept, and the API key of servers started here.
+        run: the run whose configuration names the prompt and what is kept of the media.
+        question: the question without its options.
+        options: two to eight.
+        config_file: the model's configuration, where it comes from no run of this machine.
+        video: the clip.
+        audio: sound in a file of its own.
+        url: the server's address.
+        api_key: None takes, for a server on this machine, the key in the runs folder.
+        model: its name; None asks the server.
+        timeout_s: None takes ``deployment.request_timeout_s``.
 
     Raises:
-        UsageError: too few options, no media, or a file that does not exist.
+        UsageError: too few options, no media, a file that does not exist, or an address that is none.
         MediaError: media that cannot be decoded.
-        ServingError: where the server does not answer.
+        ServingError: where the server does not answer, or refuses.
     """
-    from avrt_lib.serving.client import ask
+    from avrt_lib.serving.client import api_address, ask, is_loopback
 
     for file in (video, audio):
         if file is not None and not file.is_file():
             raise UsageError(f"There is no file {file}.")
+    address = api_address(url)
     runs_dir = runs_dir.expanduser().absolute()
-    config = nearest_config(runs_dir, run)
+    config = resolve(find_config(config_file), {}) if config_file else nearest_config(runs_dir, run)
     key_file = runs_dir / KEY_FILE
-    if api_key is None and key_file.exists():
+    if api_key is None and is_loopback(address) and key_file.exists():
         api_key = key_file.read_text(encoding="utf-8").strip()
-    model = config.promotion.model_name
+    if api_key and address.startswith("http:") and not is_loopback(address):
+        err.print("The API key and the clip go there unencrypted: give an https address.", style="yellow")
     with err.status("Asking …"):
-        reply = ask(url, api_key, model, config=config, question=question, options=options, video=video, audio=audio)
+        reply = ask(
+            address,
+            api_key,
+            model,
+            config=config,
+            question=question,
+            options=options,
+            video=video,
+            audio=audio,
+            timeout_s=timeout_s,
+        )
     if reply.reasoning:
         out.print(Panel(Text(reply.reasoning), title="Reasoning", title_align="left"))
     if reply.letter is None:
@@ -186,3 +214,15 @@ def ask_model(
     else:
         out.print(Text(f"Answer: {reply.letter}. {reply.text}", style="bold"))
     err.print(f"{reply.latency_s:.2f} s, {reply.tokens_in} tokens in, {reply.tokens_out} out", style="dim")
+
+
+def key_from(variable: str) -> str:
+    """An API key from an environment variable.
+
+    Raises:
+        UsageError: where it is not set.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UsageError(f"The environment variable {variable} (--api-key-env) is not set: put the API key in it.")
+    return key

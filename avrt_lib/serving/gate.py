@@ -1,7 +1,7 @@
 """What of vLLM's server the outside sees: the OpenAI routes, health, and metrics on request. Everything else is 404.
 
-vLLM's own API key guards only some of its routes (``/invocations``, ``/tokenize`` and ``/metrics`` are open), and its
-health stays 200 while it drains. The gate stands in front of both.
+vLLM's own API key guards only some of its routes (``/invocations``, ``/tokenize`` and ``/metrics`` are open), its
+health stays 200 while it drains, and it reads requests of any size into memory. The gate stands in front of all three.
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 HEALTH = "/health"
 METRICS = "/metrics"
 EXPOSE_METRICS = "AVRT_EXPOSE_METRICS"
+MAX_REQUEST_MIB = "AVRT_MAX_REQUEST_MIB"
+_DEFAULT_MIB = 64
 ROUTES = {"/v1/models": "GET", "/v1/chat/completions": "POST", "/v1/completions": "POST", HEALTH: "GET"}
 
 
 class Gate:
     """ASGI middleware; vLLM builds it from its name (``--middleware``), so its settings come from the environment.
 
-    ``AVRT_EXPOSE_METRICS=1`` opens ``/metrics``. From the moment at which the engine is told to shut down, every new
-    request (health included) gets 503, so that a load balancer looks elsewhere, while those in flight are finished.
+    ``AVRT_EXPOSE_METRICS=1`` opens ``/metrics``, and a request of more than ``AVRT_MAX_REQUEST_MIB`` (64) gets 413.
+    From the moment at which the engine is told to shut down, every new request (health included) gets 503, so that a
+    load balancer looks elsewhere, while those in flight are finished.
     """
 
     def __init__(self, app: App) -> None:
@@ -34,10 +37,11 @@ class Gate:
         self._routes = dict(ROUTES)
         if os.environ.get(EXPOSE_METRICS) == "1":
             self._routes[METRICS] = "GET"
+        self._limit = int(os.environ.get(MAX_REQUEST_MIB, _DEFAULT_MIB)) * 2**20
         self.draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 404, 405 or 503."""
+        """Pass the request on, or answer 404, 405, 413 or 503."""
         if scope["type"] == "lifespan":
             self._watch_shutdown(scope)
             await self._app(scope, receive, send)
@@ -50,7 +54,32 @@ class Gate:
         elif self.draining:
             await _refuse(send, 503, "This server is shutting down.")
         else:
-            await self._app(scope, receive, send)
+            await self._pass_on(scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through as long as it is not too large, which its header says, or else its body shows."""
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        taken, too_large = 0, int(length) > self._limit
+
+        async def counted() -> MutableMapping[str, Any]:
+            nonlocal taken, too_large
+            message = await receive()
+            taken += len(message.get("body", b""))
+            too_large = taken > self._limit
+            return {"type": "http.disconnect"} if too_large else message
+
+        async def sent(message: MutableMapping[str, Any]) -> None:
+            if not too_large:
+                await send(message)
+
+        if not too_large:
+            try:
+                await self._app(scope, counted, sent)
+            except Exception:
+                if not too_large:  # otherwise it is what vLLM makes of a client that is gone
+                    raise
+        if too_large:
+            await _refuse(send, 413, f"A request may have {self._limit >> 20} MiB: send a shorter or smaller clip.")
 
     def _watch_shutdown(self, scope: Scope) -> None:
         """Learn of the shutdown where it begins: with the call that tells the engine to drain."""
@@ -68,6 +97,8 @@ async def _refuse(send: Send, status: int, message: str) -> None:
     body = json.dumps({"error": {"message": message, "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 503:
-        headers += [(b"retry-after", b"5"), (b"connection", b"close")]
+        headers.append((b"retry-after", b"5"))
+    if status in (413, 503):
+        headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
