@@ -26,6 +26,7 @@ from avrt_lib.promotion.manifest import DATA, LONGEST_NAME_AND_NAMESPACE, MODEL_
 from avrt_lib.serving.cluster import Cluster, Conflict, Document
 from avrt_lib.serving.inference_service import (
     POLL_S,
+    STOP,
     Status,
     annotations,
     rolled_out,
@@ -238,7 +239,7 @@ def promoted(champion: Document, wanted: Wanted, *, served: bool) -> Document:
         "annotations": {key: old[key] for key in _ORIGIN if key in old},
         "predictor": champion["spec"]["predictor"],
     }
-    kept = {key: value for key, value in old.items() if key not in (*_ORIGIN, ROLLED_BACK)}
+    kept = {key: value for key, value in old.items() if key not in (*_ORIGIN, ROLLED_BACK, STOP)}
     if served:
         kept[PREVIOUS] = json.dumps(before, sort_keys=True)
     service["metadata"]["annotations"] = kept | annotations(wanted.service)

@@ -325,6 +325,11 @@ def test_a_model_that_never_served_is_nothing_to_go_back_to(running: Memory) -> 
         back(running)
 
 
+def test_a_stopped_champion_is_started(cluster: Memory) -> None:
+    cluster.create(champion(**{inference_service.STOP: "true"}))
+    assert roll(cluster).uri == NEW
+
+
 def test_argo_cd_would_undo_it(cluster: Memory) -> None:
     cluster.create(champion(**{"argocd.argoproj.io/tracking-id": "a:b"}))
     with pytest.raises(UsageError, match="change it in Git"):
