@@ -236,7 +236,7 @@ class StudentTask(_Task):
     """
 
     def __init__(self, processor: ProcessorMixin, clips: Sequence[Clip]) -> None:
-        super().__init__(processor.tokenizer, clips, Recipe(goal=0.98, cap=500, decay=100, max_new=48))
+        super().__init__(processor.tokenizer, clips, Recipe(goal=0.97, cap=1500, decay=100, max_new=48))
         self.processor = processor
 
     def features(self, clip: Clip) -> dict[str, torch.Tensor]:
@@ -277,7 +277,7 @@ class StudentTask(_Task):
 
     def draw(self, rng: random.Random) -> Example:
         """A description, a direct answer, or the options repeated, with both modalities or one; or text alone."""
-        what = rng.choices(["describe", "answer", "repeat", "compare", "conclude"], [0.25, 0.1, 0.2, 0.25, 0.2])[0]
+        what = rng.choices(["describe", "answer", "repeat", "compare", "conclude"], [0.25, 0.1, 0.15, 0.2, 0.3])[0]
         if what in ("compare", "conclude"):
             request, target = (texts.comparison if what == "compare" else texts.conclusion)(rng)
             return self.example("", request, target, {}, (what, target))
