@@ -42,10 +42,10 @@ KUBERNETES = "1.35"
 #: Rendered by themselves, since nothing has them: component -> what it changes, and the components beside it.
 LOOSE_COMPONENTS = {
     "external-s3": ("base", "external-secrets"),
-    "autoscaling-hpa": ("models/avrt-student",),
-    "model-cache": ("models/avrt-student", "autoscaling-none"),
-    "modelcar": ("models/avrt-student", "autoscaling-none"),
-    "llm-inference-service": ("models/avrt-student",),
+    "autoscaling-hpa": ("models/avrt-3b",),
+    "model-cache": ("models/avrt-3b", "autoscaling-none"),
+    "modelcar": ("models/avrt-3b", "autoscaling-none"),
+    "llm-inference-service": ("models/avrt-3b",),
 }
 #: Objects of Kubeflow, KServe and Argo CD, with nothing but the fields that change.
 PARTIAL_COMPONENTS = ("argocd-admin", "kfp-admin", "kfp-artifacts", "kserve-admin")

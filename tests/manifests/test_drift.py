@@ -19,7 +19,7 @@ from scripts.manifest_policies import CLUSTER_KINDS, Build, Object
 from tests.manifests.conftest import Cluster, one
 
 SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"
-NAME = "avrt-student"
+NAME = "avrt-3b"
 PREDICTOR = f"{NAME}-predictor"
 #: What Argo CD or an administrator applies, and a kind of each that must be there.
 BUILDS = {

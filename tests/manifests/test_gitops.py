@@ -27,12 +27,12 @@ STOP = "serving.kserve.io/stop"
 @pytest.fixture(scope="module")
 def config() -> Config:
     """What a run of the 3 B model is configured with."""
-    return load(manifests.ROOT / "configs" / "avrt-3b.yaml")
+    return load(manifests.ROOT / "configs" / "avrt-3b.yaml", pinned=False)
 
 
 def place(sha256: str) -> ModelPlace:
     """Where promotion publishes a model."""
-    return ModelPlace(f"s3://avrt/models/avrt-student/{sha256}", sha256, 1)
+    return ModelPlace(f"s3://avrt/models/avrt-3b/{sha256}", sha256, 1)
 
 
 def champion_file(config: Config, root: Path) -> Path:
@@ -55,7 +55,7 @@ def test_a_promotion_changes_one_file_and_is_served_everywhere(
     path = champion_file(config, tmp_path / "repository")
     path.write_text(to_yaml(inference_service(config, place("ab" * 32), 7)), encoding="utf-8")
     objects = manifests.render(tmp_path / "repository" / "serving" / environment)
-    service = one(Build("promoted", objects), "InferenceService", "avrt-student")
+    service = one(Build("promoted", objects), "InferenceService", "avrt-3b")
     assert service["spec"]["predictor"]["model"]["storageUri"] == place("ab" * 32).uri
     assert STOP not in service["metadata"]["annotations"]
     assert "serving.kserve.io/autoscalerClass" in service["metadata"]["annotations"]
@@ -63,8 +63,8 @@ def test_a_promotion_changes_one_file_and_is_served_everywhere(
 
 def test_the_cache_follows_the_promoted_model(rendered: dict[str, Build]) -> None:
     build = rendered["components/model-cache"]
-    cache = one(build, "LocalModelNamespaceCache", "avrt-student-1")
-    service = one(build, "InferenceService", "avrt-student")
+    cache = one(build, "LocalModelNamespaceCache", "avrt-3b-1")
+    service = one(build, "InferenceService", "avrt-3b")
     assert cache["spec"]["sourceModelUri"] == service["spec"]["predictor"]["model"]["storageUri"]
     group_ = one(rendered["components/model-cache-nodes"], "LocalModelNodeGroup", "avrt-gpu", None)
     assert cache["spec"]["nodeGroups"] == [group_["metadata"]["name"]]
@@ -73,7 +73,7 @@ def test_the_cache_follows_the_promoted_model(rendered: dict[str, Build]) -> Non
 def test_the_llm_inference_service_takes_the_place_of_the_champion(rendered: dict[str, Build], config: Config) -> None:
     build = rendered["components/llm-inference-service"]
     assert [d["kind"] for d in build.objects if group(d) == "serving.kserve.io"] == ["LLMInferenceService"]
-    service = one(build, "LLMInferenceService", "avrt-student")
+    service = one(build, "LLMInferenceService", "avrt-3b")
     (container,) = service["spec"]["template"]["containers"]
     promoted = to_dict(inference_service(config, place(SHA), None))["spec"]["predictor"]["model"]
     assert service["spec"]["model"]["uri"] == promoted["storageUri"]
@@ -96,7 +96,7 @@ def cores(quantity: str) -> float:
 def test_the_quota_has_room_for_a_rollout_at_full_size(rendered: dict[str, Build], environment: str) -> None:
     """All replicas, the one more of a rolling update, and a candidate, beside the platform's own pods."""
     serving, platform = rendered[f"serving/{environment}"], rendered[environment]
-    predictor = one(serving, "InferenceService", "avrt-student")["spec"]["predictor"]
+    predictor = one(serving, "InferenceService", "avrt-3b")["spec"]["predictor"]
     largest = max(
         [predictor["maxReplicas"]]
         + [d["spec"]["maxReplicaCount"] for d in serving.objects if d["kind"] == "ScaledObject"]
