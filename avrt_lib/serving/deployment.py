@@ -23,7 +23,7 @@ from avrt_lib.config import Config
 from avrt_lib.errors import DataError, ServingError
 from avrt_lib.promotion import CHAMPION, INFERENCE_SERVICE
 from avrt_lib.records import Sample
-from avrt_lib.serving.client import Reply, ask_sample
+from avrt_lib.serving.client import Reply, ask_sample, served_model
 from avrt_lib.tables import read_json, read_rows, write_json
 from avrt_lib.workspace import Progress, Workspace
 
@@ -250,33 +250,11 @@ def check_candidate(config: Config, candidate: Status, questions: list[Sample]) 
 
     with reached(candidate) as base_url:
         endpoint = Endpoint(base_url, os.environ.get("AVRT_API_KEY"), candidate.name)
-        require_model(endpoint, config.deployment.request_timeout_s)
+        name = served_model(base_url, endpoint.api_key, candidate.name)
+        if name != candidate.name:
+            raise ServingError(f"{base_url} serves {name}, not {candidate.name}.")
         found = judge(config, [_asked(config, endpoint, sample) for sample in questions], promoted=True)
     log.info("the candidate %s: %s", candidate.name, found)
     if not found["ok"]:
         raise ServingError(f"{candidate.name} failed its check: {found['reason']}")
     return found
-
-
-def require_model(endpoint: Endpoint, timeout_s: float) -> None:
-    """Make sure that a server serves a model of this name, and takes the key.
-
-    Raises:
-        ServingError: where it does not.
-    """
-    import httpx
-
-    headers = {"Authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
-    try:
-        # A candidate is in this cluster or forwarded to this machine: no proxy leads to it.
-        with httpx.Client(timeout=timeout_s, trust_env=False, headers=headers) as client:
-            response = client.get(f"{endpoint.base_url}/models")
-    except httpx.HTTPError as error:
-        raise ServingError(f"{endpoint.base_url} does not list its models: {error}") from error
-    if response.status_code == 401:
-        raise ServingError(f"{endpoint.base_url} refused the API key: set AVRT_API_KEY to the served one.")
-    if response.is_error:
-        raise ServingError(f"{endpoint.base_url} does not list its models: it answered {response.status_code}.")
-    served = [model["id"] for model in response.json()["data"]]
-    if endpoint.model not in served:
-        raise ServingError(f"{endpoint.base_url} serves {', '.join(served) or 'nothing'}, not {endpoint.model}.")

@@ -117,9 +117,4 @@ def test_questions_that_cannot_be_asked(options: list[str], media: bool) -> None
 
 def test_a_server_that_is_not_there_is_said() -> None:
     with pytest.raises(ServingError, match="No server answers at"):
-        client._post("http://127.0.0.1:9/v1", "k", {}, 5)
-
-
-def test_a_candidate_that_is_not_there_is_said() -> None:
-    with pytest.raises(ServingError, match="does not list its models"):
-        deployment.require_model(deployment.Endpoint("http://127.0.0.1:9/v1", None, "m"), 5)
+        client.served_model("http://127.0.0.1:9/v1", "k", "m", timeout_s=5)
