@@ -27,6 +27,7 @@ POLL_S = 2.0
 #: at its second try.
 PATIENCE_S = 20.0
 
+_OURS = "avrt/"
 _DOWNLOAD = "storage-initializer"
 _NOISE = "the object has been modified"
 _IMAGE = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError"}
@@ -130,7 +131,7 @@ def judge(name: str, namespace: str, found: Documents, uri: str | None = None) -
         return answer(State.OTHER, f"it is set to {set_to}", f"avrt serving rollout {name} --uri {wanted}")
     if annotations(service).get(STOP) == "true":
         return answer(State.FAILED, "it is stopped", f"kubectl annotate inferenceservice {name} {STOP}-")
-    taken = deployment is not None and _template_uri(deployment) == wanted
+    taken = deployment is not None and _template_uri(deployment) == wanted and _follows(deployment, service)
     if taken and deployment is not None:
         if deployment["spec"].get("replicas", 1) == 0:
             return answer(State.FAILED, "it is scaled to no pod", "set spec.predictor.minReplicas to 1", may_pass=True)
@@ -242,6 +243,13 @@ def _status(
 
 def _template_uri(deployment: Document) -> str | None:
     return (deployment["spec"]["template"]["metadata"].get("annotations") or {}).get(SOURCE)
+
+
+def _follows(deployment: Document, service: Document) -> bool:
+    """Whether a Deployment is made of the InferenceService as it is now: KServe copies the annotations to the pods."""
+    copied = deployment["spec"]["template"]["metadata"].get("annotations") or {}
+    ours = {key: value for key, value in annotations(service).items() if key.startswith(_OURS)}
+    return all(copied.get(key) == value for key, value in ours.items())
 
 
 def _wanted(deployment: Document) -> int:

@@ -342,7 +342,7 @@ def _remove(cluster: Cluster, name: str) -> None:
 
 
 def _is_set_to(champion: Document, wanted: Wanted) -> bool:
-    return _contains(champion["spec"], wanted.service["spec"])
+    return annotations(champion).get(STOP) != "true" and _contains(champion["spec"], wanted.service["spec"])
 
 
 def _contains(stored: Any, applied: Any) -> bool:

@@ -85,7 +85,7 @@ class Memory:
         condition = {"type": "ReplicaFailure", "status": str(broken), "message": "violates PodSecurity"}
         deployment = {
             "metadata": {"generation": 1},
-            "spec": {"template": {"metadata": {"annotations": {SOURCE: uri}}}},
+            "spec": {"template": {"metadata": {"annotations": {SOURCE: uri, **annotations(service)}}}},
             "status": {
                 "observedGeneration": 1,
                 "replicas": 1,
@@ -389,6 +389,7 @@ LEAVING = {**CANDIDATE_UP, "metadata": {**CANDIDATE_UP["metadata"], "deletionTim
         (champion(), None, WANTED.fingerprint, Stage.PROMOTING),
         (SET, CANDIDATE_UP, WANTED.fingerprint, Stage.CLEARING),
         (SET, None, None, Stage.PROMOTING),
+        (champion(NEW, **{inference_service.STOP: "true"}), None, None, Stage.CANDIDATE),
     ],
 )
 def test_what_comes_next(found: Document | None, candidate: Document | None, checked: str | None, stage: Stage) -> None:

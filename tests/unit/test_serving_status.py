@@ -33,12 +33,18 @@ def service(uri: str | None = NEW, ready: dict[str, Any] | None = None, **model_
 
 
 def deployment(
-    uri: str = NEW, *conditions: dict[str, Any], observed: int = 3, wanted: int = 1, **numbers: int
+    uri: str = NEW,
+    *conditions: dict[str, Any],
+    observed: int = 3,
+    wanted: int = 1,
+    version: str = "7",
+    **numbers: int,
 ) -> dict[str, Any]:
+    copied = {SOURCE: uri, "avrt/model-version": version}
     numbers = numbers or {"replicas": 1, "updatedReplicas": 1, "availableReplicas": 1}
     return {
         "metadata": {"generation": 3},
-        "spec": {"replicas": wanted, "template": {"metadata": {"annotations": {SOURCE: uri}}}},
+        "spec": {"replicas": wanted, "template": {"metadata": {"annotations": copied}}},
         "status": {"observedGeneration": observed, "conditions": list(conditions or (PROGRESSING,)), **numbers},
     }
 
@@ -107,6 +113,7 @@ def test_it_serves(name: str) -> None:
 ROLLING_OUT = {
     "in its first half second": Documents({**service(), "status": {}}),
     "before the controller took the change up, Ready of the old": Documents(service(), deployment(OLD), [pod(OLD)]),
+    "before the controller took up a change of anything but the model": Documents(service(), deployment(version="6")),
     "before the Deployment's controller saw it": Documents(service(), deployment(observed=2), [pod(OLD, ready=True)]),
     "with the old pod still there, Ready and UpToDate (KServe after 0.20)": Documents(
         service(transitionStatus="UpToDate"), deployment(NEW, **UPDATING), [pod(OLD, ready=True), pod()]
