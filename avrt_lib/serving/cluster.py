@@ -79,7 +79,8 @@ class Cluster:
             Conflict: where there is one of this name.
         """
         method = self._objects.create_namespaced_custom_object
-        return self._call("create inferenceservices", method, *_KSERVE, self.namespace, _SERVICES, service)
+        made: Document = self._call("create inferenceservices", method, *_KSERVE, self.namespace, _SERVICES, service)
+        return made
 
     def replace(self, service: Document) -> Document:
         """Store an InferenceService that was read before, with its changes.
@@ -88,7 +89,9 @@ class Cluster:
             Conflict: where it was changed since it was read.
         """
         method, name = self._objects.replace_namespaced_custom_object, service["metadata"]["name"]
-        return self._call("update inferenceservices", method, *_KSERVE, self.namespace, _SERVICES, name, service)
+        where = (*_KSERVE, self.namespace, _SERVICES, name)
+        stored: Document = self._call("update inferenceservices", method, *where, service)
+        return stored
 
     def delete(self, name: str) -> None:
         """Delete an InferenceService; one that is gone is fine."""
@@ -135,10 +138,13 @@ class Cluster:
             Conflict: where somebody else made or changed it.
         """
         where = (*_LEASES, self.namespace, "leases")
-        if "resourceVersion" not in lease["metadata"]:
-            return self._call("create leases", self._objects.create_namespaced_custom_object, *where, lease)
-        name = lease["metadata"]["name"]
-        return self._call("update leases", self._objects.replace_namespaced_custom_object, *where, name, lease)
+        stored: Document
+        if "resourceVersion" in lease["metadata"]:
+            method, name = self._objects.replace_namespaced_custom_object, lease["metadata"]["name"]
+            stored = self._call("update leases", method, *where, name, lease)
+        else:
+            stored = self._call("create leases", self._objects.create_namespaced_custom_object, *where, lease)
+        return stored
 
     def _get(self, group: str, version: str, plural: str, name: str) -> Document | None:
         method = self._objects.get_namespaced_custom_object

@@ -129,7 +129,7 @@ def judge(name: str, namespace: str, found: Documents, uri: str | None = None) -
         return answer(State.FAILED, "it names no storageUri", "set spec.predictor.model.storageUri")
     if set_to != wanted:
         return answer(State.OTHER, f"it is set to {set_to}", f"avrt serving rollout {name} --uri {wanted}")
-    if annotations(service).get(STOP) == "true":
+    if annotations_of(service).get(STOP) == "true":
         return answer(State.FAILED, "it is stopped", f"kubectl annotate inferenceservice {name} {STOP}-")
     taken = deployment is not None and _template_uri(deployment) == wanted and _follows(deployment, service)
     if taken and deployment is not None:
@@ -191,10 +191,11 @@ def wait(
 
 def storage_uri(service: Document) -> str | None:
     """The model that an InferenceService is set to."""
-    return ((service.get("spec") or {}).get("predictor") or {}).get("model", {}).get("storageUri")
+    found: str | None = service["spec"]["predictor"].get("model", {}).get("storageUri")
+    return found
 
 
-def annotations(document: Document) -> dict[str, str]:
+def annotations_of(document: Document) -> dict[str, str]:
     """An object's annotations."""
     return document["metadata"].get("annotations") or {}
 
@@ -232,8 +233,8 @@ def _status(
         name=name,
         namespace=namespace,
         uri=uri,
-        version=annotations(service).get(MODEL_VERSION) if uri == storage_uri(service) else None,
-        served=tuple(sorted({annotations(pod).get(SOURCE, "") for pod in found.pods if _is_asked(pod)})),
+        version=annotations_of(service).get(MODEL_VERSION) if uri == storage_uri(service) else None,
+        served=tuple(sorted({annotations_of(pod).get(SOURCE, "") for pod in found.pods if _is_asked(pod)})),
         detail=detail,
         mend=mend,
         may_pass=may_pass,
@@ -242,13 +243,14 @@ def _status(
 
 
 def _template_uri(deployment: Document) -> str | None:
-    return (deployment["spec"]["template"]["metadata"].get("annotations") or {}).get(SOURCE)
+    found: str | None = (deployment["spec"]["template"]["metadata"].get("annotations") or {}).get(SOURCE)
+    return found
 
 
 def _follows(deployment: Document, service: Document) -> bool:
     """Whether a Deployment is made of the InferenceService as it is now: KServe copies the annotations to the pods."""
     copied = deployment["spec"]["template"]["metadata"].get("annotations") or {}
-    ours = {key: value for key, value in annotations(service).items() if key.startswith(_OURS)}
+    ours = {key: value for key, value in annotations_of(service).items() if key.startswith(_OURS)}
     return all(copied.get(key) == value for key, value in ours.items())
 
 
@@ -368,7 +370,9 @@ def _newest(pods: list[Document], uri: str) -> list[Document]:
     ours = [
         pod
         for pod in pods
-        if annotations(pod).get(SOURCE) == uri and not pod["metadata"].get("deletionTimestamp") and not _is_ready(pod)
+        if annotations_of(pod).get(SOURCE) == uri
+        and not pod["metadata"].get("deletionTimestamp")
+        and not _is_ready(pod)
     ]
     ours.sort(key=lambda pod: pod["metadata"]["creationTimestamp"], reverse=True)
     hashes = [(pod["metadata"].get("labels") or {}).get("pod-template-hash") for pod in ours]

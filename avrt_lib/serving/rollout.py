@@ -28,7 +28,7 @@ from avrt_lib.serving.inference_service import (
     POLL_S,
     STOP,
     Status,
-    annotations,
+    annotations_of,
     rolled_out,
     storage_uri,
     wait,
@@ -126,7 +126,7 @@ def next_stage(champion: Document | None, candidate: Document | None, wanted: Wa
         return Stage.PROMOTING if candidate is None else Stage.CLEARING
     if candidate is None:
         return Stage.CANDIDATE
-    if candidate["metadata"].get("deletionTimestamp") or annotations(candidate).get(_CHECKED) != wanted.fingerprint:
+    if candidate["metadata"].get("deletionTimestamp") or annotations_of(candidate).get(_CHECKED) != wanted.fingerprint:
         return Stage.CLEARING  # another rollout's, which was given up
     return Stage.CHECKING
 
@@ -217,10 +217,10 @@ def rollback(cluster: Cluster, name: str, *, timeout_s: float, told: Callable[[s
         lease.note(uri=None, stage=None, checked=None)
         if given_up:
             told(f"the rollout to {begun} is given up; the champion had not been changed")
-        elif PREVIOUS in annotations(champion):
-            told(f"going back to {json.loads(annotations(champion)[PREVIOUS])['uri']}")
+        elif PREVIOUS in annotations_of(champion):
+            told(f"going back to {json.loads(annotations_of(champion)[PREVIOUS])['uri']}")
             champion = _change(cluster, lease, name, str(storage_uri(champion)), restored)
-        elif ROLLED_BACK not in annotations(champion):
+        elif ROLLED_BACK not in annotations_of(champion):
             raise UsageError(f"{cluster.namespace}/{name} has no previous model: it was never rolled out over one.")
         return _serving(cluster, lease, name, str(storage_uri(champion)), timeout_s, told)
 
@@ -233,7 +233,7 @@ def promoted(champion: Document, wanted: Wanted, *, served: bool) -> Document:
         wanted: as it is to be.
         served: whether it serves its model now. A model that never came up is nothing to go back to.
     """
-    service, old = copy.deepcopy(champion), annotations(champion)
+    service, old = copy.deepcopy(champion), annotations_of(champion)
     before = {
         "uri": storage_uri(champion),
         "annotations": {key: old[key] for key in _ORIGIN if key in old},
@@ -242,7 +242,7 @@ def promoted(champion: Document, wanted: Wanted, *, served: bool) -> Document:
     kept = {key: value for key, value in old.items() if key not in (*_ORIGIN, ROLLED_BACK, STOP)}
     if served:
         kept[PREVIOUS] = json.dumps(before, sort_keys=True)
-    service["metadata"]["annotations"] = kept | annotations(wanted.service)
+    service["metadata"]["annotations"] = kept | annotations_of(wanted.service)
     service["metadata"]["labels"] = (service["metadata"].get("labels") or {}) | (
         wanted.service["metadata"].get("labels") or {}
     )
@@ -253,8 +253,8 @@ def promoted(champion: Document, wanted: Wanted, *, served: bool) -> Document:
 def restored(champion: Document) -> Document:
     """The champion as it was before its last rollout."""
     service = copy.deepcopy(champion)
-    before: dict[str, Any] = json.loads(annotations(champion)[PREVIOUS])
-    kept = {key: value for key, value in annotations(champion).items() if key not in (*_ORIGIN, PREVIOUS)}
+    before: dict[str, Any] = json.loads(annotations_of(champion)[PREVIOUS])
+    kept = {key: value for key, value in annotations_of(champion).items() if key not in (*_ORIGIN, PREVIOUS)}
     service["metadata"]["annotations"] = kept | before["annotations"] | {ROLLED_BACK: storage_uri(champion)}
     service["spec"]["predictor"] = before["predictor"]
     return service
@@ -282,7 +282,7 @@ def _promote(
     except ServingError as error:
         lease.check()
         now = cluster.service(wanted.name)
-        if now is None or storage_uri(now) != wanted.uri or PREVIOUS not in annotations(now):
+        if now is None or storage_uri(now) != wanted.uri or PREVIOUS not in annotations_of(now):
             raise
         told("the champion does not come up with it: going back")
         lease.note(uri=None, stage=None, checked=None)
@@ -342,7 +342,7 @@ def _remove(cluster: Cluster, name: str) -> None:
 
 
 def _is_set_to(champion: Document, wanted: Wanted) -> bool:
-    return annotations(champion).get(STOP) != "true" and _contains(champion["spec"], wanted.service["spec"])
+    return annotations_of(champion).get(STOP) != "true" and _contains(champion["spec"], wanted.service["spec"])
 
 
 def _contains(stored: Any, applied: Any) -> bool:
@@ -355,7 +355,7 @@ def _contains(stored: Any, applied: Any) -> bool:
 
 
 def _refuse_argo(champion: Document) -> None:
-    if _ARGO in annotations(champion):
+    if _ARGO in annotations_of(champion):
         raise UsageError(
             f"{champion['metadata']['name']} is kept by Argo CD, which would undo this at once: change it in Git "
             "(deployment.target=git), and go back by git revert."

@@ -21,7 +21,7 @@ from avrt_lib.errors import ServingError
 from avrt_lib.records import Sample
 from avrt_lib.serving import deployment, rollout
 from avrt_lib.serving.cluster import Document
-from avrt_lib.serving.inference_service import State, Status, annotations, status, storage_uri
+from avrt_lib.serving.inference_service import State, Status, annotations_of, status, storage_uri
 from avrt_lib.serving.lease import Busy
 from avrt_lib.serving.rollout import CANDIDATE, PREVIOUS, Stage, to_uri
 from avrt_lib.tables import read_json, write_json, write_table
@@ -136,7 +136,7 @@ def test_a_rollout_and_the_way_back(place: Place, champion: str, prober: Prober,
     found = roll(place, champion, "v2", config, samples)
     assert (found.state, found.served) == (State.SERVING, (uri("v2"),))
     assert prober.versions()[-1] == "v2"
-    assert json.loads(annotations(stored(place, champion))[PREVIOUS])["uri"] == uri("v1")
+    assert json.loads(annotations_of(stored(place, champion))[PREVIOUS])["uri"] == uri("v1")
     assert place.cluster.service(champion + CANDIDATE) is None
     for _ in range(2):  # the second does nothing
         done = subprocess.run(command(place, "rollback", champion), capture_output=True, text=True, check=False)
@@ -160,7 +160,7 @@ def test_a_rollout_that_is_killed_goes_on(
     assert again.returncode == 0, again.stderr
     assert status(place.cluster, champion, uri("v2")).state is State.SERVING
     assert place.cluster.service(champion + CANDIDATE) is None
-    assert json.loads(annotations(stored(place, champion))[PREVIOUS])["uri"] == uri("v1")
+    assert json.loads(annotations_of(stored(place, champion))[PREVIOUS])["uri"] == uri("v1")
     assert prober.versions()[-1] == "v2"
 
 
@@ -208,7 +208,7 @@ def test_the_deployment_step(place: Place, config: Config, samples: Path, tmp_pa
         assert (facts["ok"], facts["uri"], facts["answers"], facts["well_formed"]) == (True, uri(model), 3, 3)
         questions = read_json(tmp_path / "check/check.json")["questions"]
         assert {question["reasoning"] for question in questions} == {model}
-    before = json.loads(annotations(stored(place, name))[PREVIOUS])
+    before = json.loads(annotations_of(stored(place, name))[PREVIOUS])
     assert before["annotations"]["avrt/model-version"] == "1"
     line = subprocess.run(
         command(place, "status", name, f"--uri={uri('v3')}"), capture_output=True, text=True, check=False

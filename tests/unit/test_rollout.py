@@ -14,7 +14,7 @@ import pytest
 from avrt_lib.errors import ServingError, UsageError
 from avrt_lib.serving import inference_service, lease, rollout
 from avrt_lib.serving.cluster import Conflict, Document, Documents
-from avrt_lib.serving.inference_service import SOURCE, State, Status, annotations, storage_uri
+from avrt_lib.serving.inference_service import SOURCE, State, Status, annotations_of, storage_uri
 from avrt_lib.serving.lease import Busy, Lease
 from avrt_lib.serving.rollout import CANDIDATE, PREVIOUS, Stage, Wanted, next_stage, rollback, to_uri
 
@@ -85,7 +85,7 @@ class Memory:
         condition = {"type": "ReplicaFailure", "status": str(broken), "message": "violates PodSecurity"}
         deployment = {
             "metadata": {"generation": 1},
-            "spec": {"template": {"metadata": {"annotations": {SOURCE: uri, **annotations(service)}}}},
+            "spec": {"template": {"metadata": {"annotations": {SOURCE: uri, **annotations_of(service)}}}},
             "status": {
                 "observedGeneration": 1,
                 "replicas": 1,
@@ -175,9 +175,9 @@ def test_the_champion_tells_what_it_was(running: Memory) -> None:
     roll(running)
     stored = running.service(NAME)
     assert stored is not None
-    before = json.loads(annotations(stored)[PREVIOUS])
+    before = json.loads(annotations_of(stored)[PREVIOUS])
     assert (before["uri"], before["annotations"]) == (OLD, {"avrt/model-version": "6"})
-    assert annotations(stored)["avrt/model-version"] == "7"
+    assert annotations_of(stored)["avrt/model-version"] == "7"
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
@@ -188,7 +188,7 @@ def test_a_rollout_that_was_killed_goes_on(running: Memory, after: int) -> None:
     assert roll(running).uri == NEW
     stored = running.service(NAME)
     assert stored is not None
-    assert json.loads(annotations(stored)[PREVIOUS])["uri"] == OLD
+    assert json.loads(annotations_of(stored)[PREVIOUS])["uri"] == OLD
     assert running.service(NAME + CANDIDATE) is None
     assert [change for change in running.changes if change[0] == "replace"] == [("replace", NAME, NEW)]
 
@@ -295,7 +295,7 @@ def test_rollback_restores_all_of_the_predictor(running: Memory) -> None:
     stored = running.service(NAME)
     assert stored is not None
     assert stored["spec"] == champion()["spec"]
-    assert annotations(stored)["avrt/model-version"] == "6"
+    assert annotations_of(stored)["avrt/model-version"] == "6"
 
 
 def test_a_second_rollback_does_not_go_forward(running: Memory) -> None:
