@@ -226,7 +226,7 @@ def _status(
     *,
     may_pass: bool = False,
 ) -> Status:
-    service = found.service or {"metadata": {}}
+    service = found.service or {"metadata": {}, "spec": {"predictor": {}}}
     address = ((service.get("status") or {}).get("address") or {}).get("url")
     return Status(
         state=state,

@@ -35,7 +35,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def template(name: str, **container: Any) -> dict[str, Any]:
+def template(name: str, /, **container: Any) -> dict[str, Any]:
     made = runtime(name)
     made["spec"]["containers"][0] |= container
     return made
