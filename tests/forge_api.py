@@ -51,6 +51,7 @@ class ForgeServer:
     losing: int = 0
     holding: threading.Event | None = None
     held: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __enter__(self) -> Self:
         forge = self
@@ -141,13 +142,14 @@ class _Handler(BaseHTTPRequestHandler):
             branch, base, body = asked["source_branch"], asked["target_branch"], asked["description"]
         else:
             branch, base, body = asked["head"], asked["base"], asked["body"]
-        for pull in forge.pulls:
-            if pull.is_open and (pull.branch, pull.base) == (branch, base):
-                return self._exists(pull)
-        if not forge.has_branch(branch):
-            return 422, {"message": "Validation Failed", "errors": [{"field": "head", "code": "invalid"}]}
-        made = Pull(len(forge.pulls) + 1, branch, base, asked["title"], body)
-        forge.pulls.append(made)
+        with forge.lock:
+            for pull in forge.pulls:
+                if pull.is_open and (pull.branch, pull.base) == (branch, base):
+                    return self._exists(pull)
+            if not forge.has_branch(branch):
+                return 422, {"message": "Validation Failed", "errors": [{"field": "head", "code": "invalid"}]}
+            made = Pull(len(forge.pulls) + 1, branch, base, asked["title"], body)
+            forge.pulls.append(made)
         if forge.holding is not None:
             forge.held.set()
             forge.holding.wait(120)

@@ -80,8 +80,10 @@ class Repository:
     def __init__(self, folder: Path, config: DeploymentConfig) -> None:
         self.url = str(config.manifests_url)
         self._folder = folder
+        self._blobs: dict[str, str] = {}
         self._token = ""
-        self._settings = [("core.hooksPath", os.devnull)]
+        # The copy is gone in a moment: it needs no tidying up.
+        self._settings = [("core.hooksPath", os.devnull), ("gc.auto", "0"), ("maintenance.auto", "false")]
         if config.git.token_env:
             self._token = os.environ.get(config.git.token_env, "").strip()
             if not self._token:
@@ -149,10 +151,11 @@ class Repository:
         Raises:
             ServingError: where it cannot be signed, or a file stands where a folder is needed.
         """
+        entries = [
+            part for path, text in files.items() for part in ("--cacheinfo", f"100644,{self._blob(text)},{path}")
+        ]
         self.run("read-tree", parent)
-        for path, text in files.items():
-            blob = self.run("hash-object", "-w", "--stdin", given=text)
-            self.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{path}")
+        self.run("update-index", "--add", *entries)
         tree = self.run("write-tree", "--missing-ok")
         return self.run("commit-tree", *self._signing, "-p", parent, "-F", "-", tree, given=message)
 
@@ -215,6 +218,12 @@ class Repository:
         """A text as one line without credentials."""
         hidden = text.replace(self._token, "***") if self._token else text
         return " ".join(_URL_USER.sub("***@", hidden).split())
+
+    def _blob(self, text: str) -> str:
+        """A text as git's object; kept, since a commit that is made anew must be quick to be in time."""
+        if text not in self._blobs:
+            self._blobs[text] = self.run("hash-object", "-w", "--stdin", given=text)
+        return self._blobs[text]
 
     def _problem(self, verb: str, said: str) -> ServingError:
         line = self.shown(said)[-400:]

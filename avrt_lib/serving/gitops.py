@@ -21,7 +21,7 @@ from avrt_lib.serving.git import Repository, TryAgain
 
 log = logging.getLogger("avrt.serving")
 
-_TRIES = 12
+_PATIENCE_S = 300.0
 _LONGEST_WAIT_S = 4.0
 MANIFEST_FILE = "inferenceservice.yaml"
 #: Not JSON: Argo CD takes every JSON file of a plain folder for an object of the cluster.
@@ -205,23 +205,25 @@ def evaluation_table(decision: dict[str, Any]) -> str:
 
 
 def _settled(repository: Repository, config: Config, promotion: Promotion) -> tuple[str, bool]:
-    tries = 0
+    started, wait_s = time.monotonic(), 0.1
     while True:
-        tries += 1
         try:
             return _put(repository, config, promotion)
         except TryAgain as problem:
-            if tries == _TRIES:
+            if time.monotonic() - started > _PATIENCE_S:
                 raise
             log.warning("%s; trying again", problem)
             # Those who wait for the same branch must not come back all at once.
-            time.sleep(min(_LONGEST_WAIT_S, 0.1 * 2**tries) * random.uniform(0.5, 1.0))
+            time.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(_LONGEST_WAIT_S, 2 * wait_s)
 
 
 def _put(repository: Repository, config: Config, promotion: Promotion) -> tuple[str, bool]:
     """One attempt. Returns the commit that holds the promotion, and whether it is in the followed branch."""
     base = _base(repository, config)
     before = repository.read(base, promotion.manifest_path)
+    if before is None:
+        _check_folder(repository, config, base)
     if promotion.is_in(before):
         return repository.last_change(base, promotion.manifest_path), True
     promotion.check_newer(before)
@@ -244,10 +246,9 @@ def _still_good(repository: Repository, promotion: Promotion, base: str, tip: st
 
 
 def _base(repository: Repository, config: Config) -> str:
-    branch, path = config.deployment.manifests_branch, str(PurePosixPath(config.deployment.manifests_path))
-    url = repository.shown(repository.url)
+    branch, url = config.deployment.manifests_branch, repository.shown(repository.url)
     try:
-        base = repository.fetch(branch)
+        return repository.fetch(branch)
     except TryAgain:
         raise
     except ServingError:
@@ -255,6 +256,7 @@ def _base(repository: Repository, config: Config) -> str:
         if branch in branches:
             raise
         if not branches:
+            path = config.deployment.manifests_path
             raise ServingError(
                 f"{url} is empty: push a first commit with the folder {path} to its branch {branch}."
             ) from None
@@ -262,12 +264,16 @@ def _base(repository: Repository, config: Config) -> str:
             f"{url} has no branch {branch} (it has {', '.join(sorted(branches)[:5])}): make it, or correct "
             "deployment.manifests_branch."
         ) from None
+
+
+def _check_folder(repository: Repository, config: Config, base: str) -> None:
+    path = str(PurePosixPath(config.deployment.manifests_path))
     if not repository.has_folder(base, path):
         raise ServingError(
-            f"{url} has no folder {path} in its branch {branch}, so the cluster cannot follow it: commit a file there, "
-            "or correct deployment.manifests_path."
+            f"{repository.shown(repository.url)} has no folder {path} in its branch "
+            f"{config.deployment.manifests_branch}, so the cluster cannot follow it: commit a file there, or correct "
+            "deployment.manifests_path."
         )
-    return base
 
 
 def _parsed(text: str | None) -> dict[str, Any] | None:
