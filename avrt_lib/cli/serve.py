@@ -66,7 +66,10 @@ def serve_model(runs_dir: Path, *, run: str, model: Path | None, host: str, port
             api_key=key_file.read_text(encoding="utf-8").strip(),
             start_timeout_s=config.deployment.start_timeout_s,
         )
-        with err.status(f"Starting vLLM with {place} …"), contextlib.ExitStack() as started:
+        starting = f"Starting vLLM with {place} …"
+        if not err.is_terminal:  # where a status shows nothing
+            err.print(starting, soft_wrap=True)
+        with err.status(starting), contextlib.ExitStack() as started:
             started.enter_context(served)
             running = started.pop_all()
         with running:
