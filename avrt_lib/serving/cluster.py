@@ -160,7 +160,7 @@ class Cluster:
                 if ended is None or ended.get("message"):
                     continue
                 name = pod["metadata"]["name"]
-                text = self._call(
+                said = self._call(
                     "get pods/log",
                     self._core.read_namespaced_pod_log,
                     name,
@@ -168,11 +168,12 @@ class Cluster:
                     container=container["name"],
                     previous="running" in container["state"],
                     tail_lines=_LOG_LINES,
+                    text=True,
                     absent_is_fine=True,
                     refusal_is_fine=True,
                 )
-                if text and text.strip():
-                    yield (name, container["name"]), text.strip().splitlines()[-1]
+                if said and said.strip():
+                    yield (name, container["name"]), said.strip().splitlines()[-1]
 
     def _call(
         self,
@@ -180,6 +181,7 @@ class Cluster:
         method: Callable[..., Any],
         *arguments: Any,
         raw: bool = False,
+        text: bool = False,
         absent_is_fine: bool = False,
         refusal_is_fine: bool = False,
         **more: Any,
@@ -189,14 +191,17 @@ class Cluster:
         Args:
             what: the permission that the call needs, for the error.
             raw: whether to take the answer's JSON as it is instead of the client's classes.
+            text: whether the answer is text.
         """
         import urllib3
         from kubernetes.client import ApiException
 
-        if raw:
+        if raw or text:
             more["_preload_content"] = False
         try:
             answer = method(*arguments, _request_timeout=_CALL_S, **more)
+            if text:  # the client would turn a line of JSON into Python's notation
+                return answer.data.decode(errors="replace")
             return json.loads(answer.data) if raw else answer
         except ApiException as error:
             message = _message(error)
@@ -217,8 +222,8 @@ class Cluster:
                 f"The cluster refused to {what} in {self.namespace}: {message or f'{error.status} {error.reason}'}"
             ) from error
         except urllib3.exceptions.HTTPError as error:
-            text = " ".join(str(error).split())[:200]
-            raise EnvironmentProblem(f"The API server does not answer ({text}): look at KUBECONFIG.") from error
+            reason = " ".join(str(error).split())[:200]
+            raise EnvironmentProblem(f"The API server does not answer ({reason}): look at KUBECONFIG.") from error
 
 
 def container_statuses(pod: Document) -> list[Document]:

@@ -295,17 +295,29 @@ class Prober:
         }
         spec = {"containers": [container], "terminationGracePeriodSeconds": 0}
         place.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": self._pod}, "spec": spec})
+        # A Service that has just been made may not be routed yet: what counts begins with the first answer.
+        self._before = 0
+        deadline = time.monotonic() + 60
+        while not (counted := self.counted())["answers"]:
+            assert time.monotonic() < deadline, counted
+            time.sleep(0.5)
+        self._before = len(counted["failures"])
 
     def counted(self) -> dict[str, Any]:
         """What it has counted so far: ``answers`` by text, ``failures``, ``order`` of the texts."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
-                lines = self._place.core.read_namespaced_pod_log(self._pod, self._place.namespace, tail_lines=1)
+                # The client would turn a line of JSON into Python's notation.
+                answer = self._place.core.read_namespaced_pod_log(
+                    self._pod, self._place.namespace, tail_lines=1, _preload_content=False
+                )
+                lines = answer.data.decode()
             except client.ApiException:
                 lines = ""
             if lines.strip():
                 counted: dict[str, Any] = json.loads(lines)
+                counted["failures"] = counted["failures"][self._before :]
                 return counted
             time.sleep(0.5)
         raise AssertionError("the prober does not come up")
