@@ -71,7 +71,7 @@ FAILED: dict[str, tuple[dict[str, Any], str]] = {
     "bad-template": (isvc("bad-template", model_spec={"runtime": "bad-template"}), "replace placeholders"),
     "deployment-refused": (
         isvc("deployment-refused", deploymentStrategy={"type": "Blue"}),
-        'Unsupported value: "Blue"',
+        "spec.strategy: Unsupported value",
     ),
     "long-name": (isvc("long-name-" + 32 * "x"), "must be no more than 63 characters"),
     "no-image": (isvc("no-image", model_spec={"runtime": "no-image"}), "registry.invalid/nothing:1 cannot be fetched"),
