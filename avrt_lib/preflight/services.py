@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from avrt_lib.cluster.profile import Profile, TrackingAccess, amount
 from avrt_lib.config import Config
-from avrt_lib.errors import ConfigError
+from avrt_lib.errors import AvrtError, ConfigError
 from avrt_lib.preflight.checks import ANSWER_S, FAILED, OK, UNKNOWN, WARNING, Check, in_cluster
 from avrt_lib.preflight.fit import ENGINE_ROLES
 from avrt_lib.store.objects import S3Settings, default_bucket, read_object
@@ -144,27 +145,20 @@ def tracking_check(tracking: TrackingAccess, secret: Mapping[str, str] | None, *
 
 def manifests_check(config: Config) -> Check:
     """Whether git reaches the repository that ``deployment.target=git`` commits to; asked from a pod of the run."""
+    from avrt_lib.serving.git import Repository
+
     label, deployment = "Manifests", config.deployment
-    url, branch = str(deployment.manifests_url), deployment.manifests_branch
+    branch = deployment.manifests_branch
     try:
-        done = subprocess.run(
-            ["git", "ls-remote", "--exit-code", "--heads", "--", url, branch],
-            env={**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"},
-            capture_output=True,
-            text=True,
-            timeout=2 * ANSWER_S,
-            check=False,
-        )
-    except FileNotFoundError:
-        return Check(label, FAILED, "git is not installed", "use the project's own image of the pipeline's steps")
-    except subprocess.TimeoutExpired:
-        return Check(label, FAILED, f"{url} does not answer", "correct deployment.manifests_url, or the pods' proxy")
-    if done.returncode == 2:
-        return Check(label, FAILED, f"{url} has no branch {branch}", "correct deployment.manifests_branch")
-    if done.returncode:
-        mend = "correct deployment.manifests_url, or give the pods git's credentials"
-        return Check(label, FAILED, f"{url}: {_line(done.stderr)}", mend)
-    return Check(label, OK, f"{branch} of {url} can be read")
+        with tempfile.TemporaryDirectory(prefix="avrt-git-") as folder:
+            repository = Repository(Path(folder), deployment)
+            shown, branches = repository.shown(repository.url), repository.branches()
+    except AvrtError as error:
+        mend = "correct deployment.manifests_url, or give the pods git's credentials (deployment.git.token_env)"
+        return Check(label, FAILED, _line(error).rstrip("."), mend)
+    if branch not in branches:
+        return Check(label, FAILED, f"{shown} has no branch {branch}", "correct deployment.manifests_branch")
+    return Check(label, OK, f"{branch} of {shown} can be read")
 
 
 def _line(error: object) -> str:

@@ -67,8 +67,9 @@ def run(
         grpo_model: the last trained model.
 
     Returns:
-        ``ok``, ``status`` (``succeeded`` or ``skipped``), ``reason``, ``target``, ``uri``, ``promoted``, ``answers``
-        (how many were asked), ``well_formed`` and ``latency_s`` {``p50``, ``max``}, or None where nothing was asked.
+        ``ok``, ``status`` (``succeeded`` or ``skipped``), ``reason``, ``target``, ``commit`` and ``pull_request``
+        (target ``git``), ``uri``, ``promoted``, ``answers`` (how many were asked), ``well_formed`` and ``latency_s``
+        {``p50``, ``max``}, or None where nothing was asked.
 
     Raises:
         ServingError: where the model does not come up, or a champion's answers fail the check; ``facts`` holds them.
@@ -80,6 +81,8 @@ def run(
         "status": "succeeded",
         "reason": None,
         "target": target,
+        "commit": None,
+        "pull_request": None,
         "uri": decision["uri"],
         "promoted": decision["promoted"],
         "answers": 0,
@@ -93,8 +96,13 @@ def run(
     elif target == "git":
         from avrt_lib.serving.gitops import commit_manifest
 
-        commit = commit_manifest(config, champion / INFERENCE_SERVICE, decision)
-        facts |= {"ok": True, "reason": f"The manifest is in {config.deployment.manifests_url} at {commit}."}
+        change = commit_manifest(config, champion / INFERENCE_SERVICE, decision)
+        facts |= {
+            "ok": True,
+            "commit": change.commit,
+            "pull_request": change.pull_request,
+            "reason": f"The manifest is in {config.deployment.manifests_url} at {change}.",
+        }
     else:
         questions = probe_questions(samples, config.deployment.probe_questions)
         with workspace.progress("questions", len(questions)) as progress:
