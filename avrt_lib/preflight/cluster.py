@@ -294,8 +294,10 @@ def _serving(cluster: Cluster, config: Config, profile: Profile) -> Iterator[Che
     except NotSeen as reason:
         yield Check(label, UNKNOWN, f"{account} {reason}")
     runs_as = f"system:serviceaccount:{pipelines.namespace}:{pipelines.service_account}"
-    needed = [(verb, _KSERVE, "inferenceservices") for verb in ("get", "create", "patch")]
-    needed.append(("get", "apps", "deployments"))
+    # What a rollout does (avrt_lib.serving.cluster).
+    needed = [(verb, _KSERVE, "inferenceservices") for verb in ("get", "create", "update", "delete")]
+    needed += [(verb, "coordination.k8s.io", "leases") for verb in ("get", "create", "update")]
+    needed += [("get", "apps", "deployments"), ("list", "", "pods"), ("list", "", "events")]
     try:
         missing = [
             f"{verb} {resource}"

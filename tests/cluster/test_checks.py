@@ -98,7 +98,13 @@ def rule(verbs: str, group: str, resources: str) -> client.V1PolicyRule:
     return client.V1PolicyRule(verbs=verbs.split(), api_groups=[group], resources=resources.split())
 
 
-DEPLOYER = [rule("get create patch", "serving.kserve.io", "inferenceservices"), rule("get", "apps", "deployments")]
+DEPLOYER = [
+    rule("get create update delete", "serving.kserve.io", "inferenceservices"),
+    rule("get create update", "coordination.k8s.io", "leases"),
+    rule("get", "apps", "deployments"),
+    rule("list", "", "pods"),
+    rule("list", "", "events"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -228,9 +234,8 @@ def test_serving_needs_runtime_account_and_permission(core: client.CoreV1Api, na
     names = ("KServe", "Serving runtime", "Model's service account", "Permission")
     checks = found(profile)
     assert [checks[name].status for name in names] == ["ok", "failed", "failed", "failed"]
-    assert "may not get inferenceservices, create inferenceservices, patch inferenceservices, get deployments" in (
-        checks["Permission"].found
-    )
+    refused = ", ".join(f"{verb} inferenceservices" for verb in ("get", "create", "update", "delete"))
+    assert f"may not {refused}, get leases" in checks["Permission"].found
     make_runtime(namespace)
     core.create_namespaced_service_account(
         namespace, client.V1ServiceAccount(metadata=client.V1ObjectMeta(name="avrt-models"))
