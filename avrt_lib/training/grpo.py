@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,12 +75,9 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
             f"grpo: {completions} completions a step (per_device_batch x gradient_accumulation x processes) are not "
             f"whole groups of group_size {section.group_size}."
         )
+    questions = completions // section.group_size
     steps = loop.steps_for(
-        len(rows),
-        section,
-        epochs=section.epochs,
-        max_steps=section.max_steps,
-        rows_per_step=completions // section.group_size,
+        len(rows), section, epochs=section.epochs, max_steps=section.max_steps, rows_per_step=questions
     )
     folder = workspace.scratch / "checkpoints"
     common = loop.arguments(
@@ -114,7 +112,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
             model=learner.model,
             args=arguments,
             reward_funcs=rewards.rewards(section.reward),
-            train_dataset=_dataset(rows, config),
+            train_dataset=dataset(rows, config, at_least=questions),
             processing_class=learner.processor,
             callbacks=[loop.Reporting(bar, "grpo", _NOTES), saver],
         )
@@ -166,15 +164,19 @@ def read_questions(samples: Path) -> list[Sample]:
     return rows
 
 
-def _dataset(rows: Sequence[Sample], config: Config) -> Dataset:
-    """What TRL sees of the rows: the question as text, and what the rewards need. Media stay outside of Arrow."""
+def dataset(rows: Sequence[Sample], config: Config, *, at_least: int = 1) -> Dataset:
+    """What TRL sees of the rows: the question as text, and what the rewards need. Media stay outside of Arrow.
+
+    TRL's sampler leaves out a step that is not full, so rows that would not fill one (``at_least``) are repeated.
+    """
     texts = [prompts.question_prompt("student", config.student.prompt, s.question, s.options) for s in rows]
+    order = list(range(len(rows))) * math.ceil(at_least / len(rows))
     return Dataset.from_dict(
         {
-            "prompt": [[{"role": "user", "content": text}] for text in texts],
-            "row": list(range(len(rows))),
-            "options": [s.options for s in rows],
-            "answer_index": [s.answer_index for s in rows],
+            "prompt": [[{"role": "user", "content": texts[i]}] for i in order],
+            "row": order,
+            "options": [rows[i].options for i in order],
+            "answer_index": [rows[i].answer_index for i in order],
         }
     )
 

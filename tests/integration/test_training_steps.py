@@ -129,6 +129,20 @@ def test_grpo_moves_the_weights_by_groups_whose_rewards_differ(
 
 
 @pytest.mark.slow
+def test_grpo_makes_steps_of_fewer_questions_than_a_step_has(tmp_path: Path, student: Path) -> None:
+    samples, _ = tiny_models.write_data(tmp_path / "data", train=3)
+    config = tiny_models.config(student, grpo={"max_steps": 1, "group_size": 2, "per_device_batch": 16})
+    facts = run_step(
+        "grpo",
+        config=config,
+        inputs={"samples": samples, "sft_model": student},
+        outputs={"model": tmp_path / "model"},
+        work=tmp_path / "work",
+    )
+    assert (facts["steps"], facts["rows"]) == (1, 3)
+
+
+@pytest.mark.slow
 def test_zero2_on_two_processes_has_the_loss_of_one_and_resumes(
     tmp_path: Path, student: Path, data: dict[str, str]
 ) -> None:
