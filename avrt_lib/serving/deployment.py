@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avrt_lib import answers
+from avrt_lib import answers, tracking
 from avrt_lib.config import Config
 from avrt_lib.errors import DataError, ServingError
 from avrt_lib.promotion import CHAMPION, INFERENCE_SERVICE
@@ -241,6 +241,8 @@ def _kserve(
         timeout_s=config.deployment.start_timeout_s,
         told=told,
     )
+    place = f"{champion.namespace}/{champion.name}"
+    tracking.tag_version(config.promotion.model_name, decision["version"], {"inference_service": place})
     with reached(champion) as base_url:
         yield Endpoint(base_url, os.environ.get("AVRT_API_KEY"), champion.name)
 
