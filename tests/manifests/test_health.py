@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from lupa import lua51
 
 from scripts import manifests
 
@@ -13,7 +14,6 @@ FOLDER = manifests.MANIFESTS / "components" / "argocd-admin"
 
 def health(script: str, document: dict[str, Any]) -> tuple[str, str]:
     """Status and message that a script gives an object."""
-    lua51 = pytest.importorskip("lupa.lua51", reason="lupa is not installed: pip install lupa")
     lua = lua51.LuaRuntime()
     # Argo CD gives scripts nothing of the operating system; `obj` is the object.
     run = lua.eval("function(text, obj) return setfenv(assert(loadstring(text)), {obj = obj, ipairs = ipairs})() end")
