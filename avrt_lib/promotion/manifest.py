@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from avrt_lib import compat
 from avrt_lib.config import Config
 from avrt_lib.errors import ConfigError
 from avrt_lib.tracking import DATA_HASH, RUN_ID
@@ -64,14 +65,15 @@ def inference_service(config: Config, place: ModelPlace, version: int | None) ->
     Raises:
         ConfigError: where the names are too long for KServe.
     """
-    from kserve import (
-        V1beta1InferenceService,
-        V1beta1InferenceServiceSpec,
-        V1beta1ModelFormat,
-        V1beta1ModelSpec,
-        V1beta1PredictorSpec,
-        constants,
-    )
+    with compat.without_arguments():
+        from kserve import (
+            V1beta1InferenceService,
+            V1beta1InferenceServiceSpec,
+            V1beta1ModelFormat,
+            V1beta1ModelSpec,
+            V1beta1PredictorSpec,
+            constants,
+        )
     from kubernetes.client import V1ObjectMeta, V1ResourceRequirements
 
     check_names(config)

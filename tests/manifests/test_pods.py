@@ -96,7 +96,7 @@ def test_each_identity_may_do_its_job_and_no_more(running: Cluster) -> None:
     }
     assert json.loads(in_mlflows_pod(running, TRY, keys)) == {
         "pipeline": ["write model", "write artifact", "see bucket", "read model", "read artifact"],
-        "models": ["see bucket", "read model"],
+        "models": ["see bucket", "read model", "read artifact"],
         "mlflow": ["write mlflow"],
         "nobody": [],
     }
