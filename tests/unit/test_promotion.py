@@ -159,11 +159,14 @@ def test_promotion_needs_no_torch() -> None:
 
 
 def test_the_manifest_can_be_made_under_any_command_line() -> None:
-    code = (
-        "import sys; from pathlib import Path; sys.argv[1:] = ['step', 'promotion', '--config', 'x.yaml']\n"
-        "from avrt_lib.config import load\nfrom avrt_lib.promotion.manifest import inference_service\n"
-        "from avrt_lib.store import ModelPlace\n"
-        f"inference_service(load(Path({str(ROOT / 'configs/miniature.yaml')!r})), ModelPlace('s3://avrt/models/a/b', 'b', 0), 1)\nprint(sys.argv[-1])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    code = """
+import sys
+sys.argv[1:] = ["step", "promotion", "--config", "x.yaml"]
+from tests.unit.test_promotion import configured
+from avrt_lib.promotion.manifest import inference_service
+from avrt_lib.store import ModelPlace
+inference_service(configured(), ModelPlace("s3://avrt/models/a/b", "b", 0), 1)
+print(sys.argv[-1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "x.yaml", done.stderr
