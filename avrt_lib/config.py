@@ -347,7 +347,10 @@ class DeploymentConfig(Section):
     request_timeout_s: float = Field(60.0, gt=0)
     runtime: str = Field("avrt-vllm", description="cluster: the serving runtime that holds the launcher")
     service_account: str = Field("avrt-models", description="cluster: may read the model store")
-    cpu: str = Field("4", description="cluster: CPU cores of the predictor, as a Kubernetes quantity")
+    cpu: str = Field("4", description="cluster: CPU cores that the predictor asks for, as a Kubernetes quantity")
+    cpu_limit: str | None = Field(
+        None, description="cluster: the most that it may use; as many as it asks for if not given"
+    )
     memory: str = Field("16Gi", description="cluster: memory of the predictor, as a Kubernetes quantity")
     gpus: int = Field(1, ge=0, description="cluster: GPUs of the predictor")
     manifests_url: str | None = Field(None, description="git: the repository that the cluster follows")

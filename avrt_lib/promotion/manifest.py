@@ -78,9 +78,10 @@ def inference_service(config: Config, place: ModelPlace, version: int | None) ->
 
     check_names(config)
     deployment = config.deployment
-    resources = {"cpu": deployment.cpu, "memory": deployment.memory}
+    requests = {"cpu": deployment.cpu, "memory": deployment.memory}
     if deployment.gpus:
-        resources["nvidia.com/gpu"] = str(deployment.gpus)
+        requests["nvidia.com/gpu"] = str(deployment.gpus)
+    limits = requests | {"cpu": deployment.cpu_limit or deployment.cpu}  # without one KServe sets one core
     annotations = {
         "serving.kserve.io/deploymentMode": "Standard",
         MODEL_SHA256: place.sha256,
@@ -110,7 +111,7 @@ def inference_service(config: Config, place: ModelPlace, version: int | None) ->
                     runtime=deployment.runtime,
                     storage_uri=place.uri,
                     args=launcher_arguments(config),
-                    resources=V1ResourceRequirements(requests=dict(resources), limits=dict(resources)),
+                    resources=V1ResourceRequirements(requests=requests, limits=limits),
                 ),
             )
         ),
