@@ -386,7 +386,7 @@ def services_are_complete(build: Build) -> Iterator[str]:
         annotations = metadata.get("annotations") or {}
         if annotations.get("serving.kserve.io/deploymentMode") != "Standard":
             yield f"{who}: serving.kserve.io/deploymentMode must be Standard"
-        if annotations.get("serving.kserve.io/autoscalerClass") not in ("none", "hpa", "external"):
+        if annotations.get("serving.kserve.io/autoscalerClass") not in ("none", "external"):
             yield f"{who}: no serving.kserve.io/autoscalerClass: take one of components/autoscaling-*"
         if len(metadata["name"]) + len(metadata["namespace"]) > 52:
             yield f"{who}: name and namespace are longer than 52 characters together"
@@ -464,23 +464,21 @@ def _has_protocol(document: Object, path: str) -> bool:
 def replicas_come_and_go_slowly(build: Build) -> Iterator[str]:
     """A replica takes minutes to come: none is taken away in haste, nor all, and a dead Prometheus takes none."""
     services = {d["metadata"]["name"]: d for d in _of(build, "InferenceService")}
-    for document in _of(build, "ScaledObject"):
+    for document in _of(build, "ScaledObject", "HorizontalPodAutoscaler"):
         spec, who = document["spec"], title(document)
-        behavior = spec.get("advanced", {}).get("horizontalPodAutoscalerConfig", {}).get("behavior", {})
         service = services.get(spec["scaleTargetRef"]["name"].removesuffix("-predictor"))
         if service is None:
             yield f"{who}: there is no InferenceService for {spec['scaleTargetRef']['name']}"
         elif service["metadata"]["annotations"].get("serving.kserve.io/autoscalerClass") != "external":
             yield f"{who}: serving.kserve.io/autoscalerClass must be external, or KServe scales as well"
+        if document["kind"] == "HorizontalPodAutoscaler":
+            yield from _gentle(who, spec.get("behavior", {}))
+            continue
         if spec.get("minReplicaCount", 0) < 1:
             yield f"{who}: minReplicaCount must be at least 1"
         if "fallback" not in spec:
             yield f"{who}: no fallback for when Prometheus does not answer"
-        yield from _gentle(who, behavior)
-    for name, document in services.items():
-        scaling = document["spec"]["predictor"].get("autoScaling")
-        if document["metadata"].get("annotations", {}).get("serving.kserve.io/autoscalerClass") == "hpa":
-            yield from _gentle(f"InferenceService {name}", (scaling or {}).get("behavior", {}))
+        yield from _gentle(who, spec.get("advanced", {}).get("horizontalPodAutoscalerConfig", {}).get("behavior", {}))
 
 
 def _gentle(who: str, behavior: dict[str, Any]) -> Iterator[str]:

@@ -19,7 +19,7 @@ from tests.manifests.conftest import Cluster
 
 STORE = "avrt-store.avrt.svc.cluster.local:8333"
 #: Kinds of operators that need not be there; their fields are checked by schemas (test_overlays).
-OPTIONAL = {"Certificate", "Issuer", "ExternalSecret"}
+OPTIONAL = {"Certificate", "Issuer", "ExternalSecret", "PodMonitor", "PrometheusRule"}
 OVERLAYS = ("dev", "staging", "production", "test")
 
 

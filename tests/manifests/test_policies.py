@@ -467,10 +467,17 @@ def test_a_repository_for_everybody_is_refused() -> None:
 
 def test_an_hpa_that_takes_replicas_away_in_haste_is_refused() -> None:
     (service,) = [d for d in serving() if d["kind"] == "InferenceService"]
-    service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] = "hpa"
-    assert "of at least 300" in found(runtime(), service)["autoscaling"][0]
-    service["spec"]["predictor"]["autoScaling"] = {"behavior": GENTLE}
-    assert found(runtime(), service) == {}
+    service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] = "external"
+    name = service["metadata"]["name"]
+    scaler: dict[str, Any] = {
+        "apiVersion": "autoscaling/v2",
+        "kind": "HorizontalPodAutoscaler",
+        "metadata": {"name": name, "namespace": service["metadata"]["namespace"]},
+        "spec": {"scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": f"{name}-predictor"}},
+    }
+    assert "of at least 300" in found(runtime(), service, scaler)["autoscaling"][0]
+    scaler["spec"]["behavior"] = GENTLE
+    assert found(runtime(), service, scaler) == {}
 
 
 def test_what_is_on_the_cluster_already_may_be_referred_to() -> None:
