@@ -229,6 +229,9 @@ class SftConfig(OptimizerConfig):
     modality_dropout_types: list[str] | None = Field(
         None, description="the question types that may lose a modality; all of them if not given"
     )
+    modality_dropout_vision_only: float = Field(
+        0.5, ge=0, le=1, description="the share of those rows that lose the sound; the others lose the sight"
+    )
     type_balance: float = _sourced(0.0, OURS, ge=0, le=2)
     stop_low: float | None = Field(None, gt=0, lt=1, description="stop at the first validation accuracy this high")
     stop_high: float = Field(0.8, gt=0, le=1, description="… and not higher: go back and take smaller steps")

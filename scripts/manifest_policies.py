@@ -27,6 +27,7 @@ MAKES_SECRETS = "avrt/makes-secrets"
 CORE_GROUPS = {
     "",
     "apps",
+    "autoscaling",
     "batch",
     "policy",
     "networking.k8s.io",

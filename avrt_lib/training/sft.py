@@ -90,6 +90,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
         seed=config.seed,
         dropout=section.modality_dropout,
         dropout_types=section.modality_dropout_types,
+        vision_only=section.modality_dropout_vision_only,
         balance=section.type_balance,
     )
     folder = workspace.scratch / "checkpoints"
@@ -208,13 +209,14 @@ def schedule(
     seed: int,
     dropout: float,
     dropout_types: Sequence[str] | None = None,
+    vision_only: float = 0.5,
     balance: float = 0.0,
 ) -> list[tuple[int, str]]:
     """Which example stands in which condition at each place of the run, epoch after epoch.
 
     The order is a function of the arguments alone, so that a resumed run sees what an undisturbed one would. With
-    probability ``dropout``, and afresh in each epoch, one modality is taken away, either with the same probability
-    (ours; the paper trains on both modalities only).
+    probability ``dropout``, and afresh in each epoch, one modality is taken away (ours; the paper trains on both
+    modalities only).
 
     Args:
         examples: the training rows.
@@ -223,6 +225,7 @@ def schedule(
         dropout: the share of rows that lose a modality, where they have a target for the other.
         dropout_types: the question types whose rows may lose one; None: all. A teacher that was right about a question
             that needs both modalities has guessed, which is nothing to learn.
+        vision_only: how often it is the sound that is taken away, and not the sight.
         balance: how far the question types are evened out (ours; the filter keeps few of the types that one modality
             cannot answer): a type of n rows gets a share of an epoch in proportion to n ** (1 - balance), so that above
             1 a rarer type gets more. The rows of a very rare one (below a tenth) are not repeated more than that.
@@ -244,7 +247,8 @@ def schedule(
         indices = [index for name, share in shares.items() for index in islice(streams[name], share)]
         draw.shuffle(indices)
         for index in indices:
-            dropped, condition = draw.random() < dropout, draw.choice(("audio_only", "vision_only"))
+            dropped = draw.random() < dropout
+            condition = "vision_only" if draw.random() < vision_only else "audio_only"
             may_drop = dropout_types is None or examples[index].sample.question_type in dropout_types
             usable = dropped and may_drop and condition in examples[index].targets
             order.append((index, condition if usable else "av"))

@@ -99,12 +99,17 @@ def test_a_resumed_run_goes_on_in_its_parent(runs: Path, client: MlflowClient) -
     assert client.get_run(first["AVRT_MLFLOW_PARENT"]).info.status == "FINISHED"
 
 
-def test_the_alias_moves_and_a_known_model_keeps_its_version(parent: str, client: MlflowClient) -> None:
+def test_the_alias_moves_and_a_known_model_keeps_its_version_and_its_run(
+    parent: str, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = os.environ["AVRT_RUN_ID"]
     assert tracking.register_champion("s3://avrt/models/m/1", "m", {"sha256": "1"}) == 1
     assert tracking.register_champion("s3://avrt/models/m/2", "m", {"sha256": "2"}) == 2
+    monkeypatch.setenv("AVRT_RUN_ID", "a-later-run")
     assert tracking.register_champion("s3://avrt/models/m/1", "m", {"sha256": "1"}) == 1
     champion = client.get_model_version_by_alias("m", "champion")
-    assert (int(champion.version), champion.source, champion.tags) == (1, "s3://avrt/models/m/1", {"sha256": "1"})
+    assert (int(champion.version), champion.source) == (1, "s3://avrt/models/m/1")
+    assert champion.tags == {"sha256": "1", "run": first}
 
 
 def test_a_store_that_is_down_fails_no_step_but_a_promotion(

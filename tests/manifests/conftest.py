@@ -48,14 +48,16 @@ class Cluster:
         self, *arguments: str, objects: list[Object] | None = None, stdin: str | None = None, check: bool = True
     ) -> Any:
         """Run kubectl; ``objects``, or else ``stdin``, go to its standard input."""
-        return subprocess.run(
+        result = subprocess.run(
             [str(manifests.TOOLS / "bin" / "kubectl"), *arguments],
             input=yaml.safe_dump_all(objects) if objects else stdin,
             capture_output=True,
             text=True,
-            check=check,
             timeout=120,
         )
+        if check and result.returncode != 0:
+            pytest.fail(f"kubectl {' '.join(arguments)}: {result.stderr.strip()}")
+        return result
 
     def has(self, *arguments: str) -> bool:
         """Whether ``kubectl get`` finds it."""
