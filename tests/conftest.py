@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -26,6 +26,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test decides for itself where runs and servers are.
 for _name in ("AVRT_API_KEY", "AVRT_RUN", "AVRT_RUNS_DIR", "AVRT_DEBUG", "MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI"):
     os.environ.pop(_name, None)
+
+
+_OBSERVED = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def observed(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Takes a line about what a test saw, for the end of the run's output."""
+    return pytestconfig.stash.setdefault(_OBSERVED, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what the tests observed."""
+    if lines := config.stash.get(_OBSERVED, []):
+        terminalreporter.section("observed")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 @pytest.fixture(scope="session")

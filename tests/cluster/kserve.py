@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -281,20 +281,44 @@ def standins(core: client.CoreV1Api, models: dict[str, dict[str, Any]]) -> Itera
 
 
 class Prober:
-    """Asks the champion's Service all the time, from a pod."""
+    """Asks the champion's Service all the time, from a pod of tests/cluster/standin/prober.py.
 
-    def __init__(self, place: Place, name: str) -> None:
-        self._place, self._pod = place, f"prober-{uuid.uuid4().hex[:6]}"
-        url = f"http://{name}-predictor.{place.namespace}.svc.cluster.local/v1/chat/completions"
-        container = {
+    Args:
+        namespace: the champion's.
+        name: the champion.
+        image: with Python.
+        command: runs the script.
+        options: of the script, after the address and the model.
+        key: the API key as an environment variable of the pod, without its name.
+        pod: merged into the pod's specification.
+        container: merged into its container.
+    """
+
+    def __init__(
+        self,
+        core: client.CoreV1Api,
+        namespace: str,
+        name: str,
+        *,
+        image: str,
+        command: Sequence[str] = ("python3", "/app/prober.py"),
+        options: Sequence[str] = (),
+        key: Mapping[str, Any] | None = None,
+        pod: Mapping[str, Any] | None = None,
+        container: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._core, self._namespace, self._pod = core, namespace, f"prober-{uuid.uuid4().hex[:6]}"
+        url = f"http://{name}-predictor.{namespace}.svc.cluster.local/v1/chat/completions"
+        made = {
             "name": "prober",
-            "image": standin_image(),
+            "image": image,
             "imagePullPolicy": "IfNotPresent",
-            "command": ["python3", "/app/prober.py", url, name],
-            "env": [{"name": "AVRT_API_KEY", "value": API_KEY}],
+            "command": [*command, url, name, *options],
+            "env": [{"name": "AVRT_API_KEY", **(key or {"value": API_KEY})}],
+            **(container or {}),
         }
-        spec = {"containers": [container], "terminationGracePeriodSeconds": 0}
-        place.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": self._pod}, "spec": spec})
+        spec = {"containers": [made], "terminationGracePeriodSeconds": 0, **(pod or {})}
+        core.create_namespaced_pod(namespace, {"metadata": {"name": self._pod}, "spec": spec})
         # A Service that has just been made may not be routed yet: what counts begins with the first answer.
         self._before = 0
         deadline = time.monotonic() + 60
@@ -309,8 +333,8 @@ class Prober:
         while time.monotonic() < deadline:
             try:
                 # The client would turn a line of JSON into Python's notation.
-                answer = self._place.core.read_namespaced_pod_log(
-                    self._pod, self._place.namespace, tail_lines=1, _preload_content=False
+                answer = self._core.read_namespaced_pod_log(
+                    self._pod, self._namespace, tail_lines=1, _preload_content=False
                 )
                 lines = answer.data.decode()
             except client.ApiException:
@@ -330,7 +354,7 @@ class Prober:
         ]
 
     def remove(self) -> None:
-        self._place.core.delete_namespaced_pod(self._pod, self._place.namespace)
+        self._core.delete_namespaced_pod(self._pod, self._namespace)
 
 
 def is_serving(found: Status) -> bool:

@@ -9,7 +9,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from avrt_lib.serving.lease import Busy
 from avrt_lib.serving.rollout import CANDIDATE, PREVIOUS, Stage, to_uri
 from avrt_lib.tables import read_json, write_json, write_table
 from avrt_lib.workspace import Workspace
-from tests.cluster.kserve import API_KEY, RUNTIME, Place, Prober, is_serving, isvc, standins, uri
+from tests.cluster.kserve import API_KEY, RUNTIME, Place, Prober, is_serving, isvc, standin_image, standins, uri
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS: dict[str, dict[str, Any]] = {
@@ -62,14 +62,17 @@ def champion(place: Place, request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
-def prober(place: Place, champion: str) -> Iterator[Prober]:
+def prober(
+    place: Place, champion: str, request: pytest.FixtureRequest, observed: Callable[[str], None]
+) -> Iterator[Prober]:
     """What counts the champion's failed requests; at the end there must be none."""
-    made = Prober(place, champion)
+    made = Prober(place.core, place.namespace, champion, image=standin_image())
     assert made.versions() == ["v1"]
     yield made
     counted = made.counted()
     made.remove()
-    print("asked", sum(counted["answers"].values()), "failed", len(counted["failures"]))
+    asked = sum(counted["answers"].values())
+    observed(f"stand-in, {request.node.name}: {asked} requests answered, {len(counted['failures'])} failed")
     assert counted["failures"] == []
 
 

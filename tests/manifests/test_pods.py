@@ -5,16 +5,11 @@ Needs the images of ``make images`` on that node (docs/images.md); skipped witho
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Iterator
 
 import pytest
-import yaml
 
-from scripts import manifests
-from scripts.manifest_policies import Build
-from tests.manifests.conftest import Cluster
+from tests.manifests.conftest import Cluster, secret
 
 pytestmark = pytest.mark.slow
 
@@ -44,39 +39,6 @@ for who, (access, secret) in json.load(sys.stdin).items():
             assert error.code in ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"), (who, what, error)
 print(json.dumps(answers))
 """
-
-
-@pytest.fixture(scope="module")
-def running(cluster: Cluster, rendered: dict[str, Build]) -> Iterator[Cluster]:
-    """overlays/test, applied and ready."""
-    if "True" not in cluster.kubectl("get", "nodes", "-o", "jsonpath={..conditions[-1:].status}").stdout:
-        pytest.skip("the cluster has no node that is ready")
-    listed = manifests.ROOT / "build" / "images.json"
-    if not listed.exists():
-        pytest.skip("no images: make images, and bring them to the node")
-    built = json.loads(listed.read_text(encoding="utf-8"))["images"]
-    text = yaml.safe_dump_all(rendered["test"].objects)
-    for image in built.values():
-        text = text.replace(f"{image['name']}:0.1.0", image["reference"])
-    objects = list(yaml.safe_load_all(text))
-    cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", objects=objects)
-    try:
-        for what in ("statefulset/avrt-store", "deployment/avrt-mlflow"):
-            for _ in range(6):
-                done = cluster.kubectl("-n", "avrt", "rollout", "status", what, "--timeout=100s", check=False)
-                if done.returncode == 0:
-                    break
-            assert done.returncode == 0, cluster.kubectl("-n", "avrt", "get", "pods,events").stdout
-        yield cluster
-    finally:
-        mine = [d for d in objects if d["kind"] not in ("Namespace", "ResourceQuota")]
-        cluster.kubectl("delete", "--ignore-not-found", "--wait=false", "-f", "-", objects=mine)
-
-
-def secret(cluster: Cluster, name: str) -> dict[str, str]:
-    """A secret's values, in the order of its keys."""
-    data = json.loads(cluster.kubectl("-n", "avrt", "get", "secret", name, "-o", "json").stdout)["data"]
-    return {key: base64.b64decode(data[key]).decode() for key in sorted(data)}
 
 
 def in_mlflows_pod(cluster: Cluster, script: str, given: object) -> str:
