@@ -356,6 +356,11 @@ class DeploymentConfig(Section):
     )
     memory: str = Field("16Gi", description="cluster: memory of the predictor, as a Kubernetes quantity")
     gpus: int = Field(1, ge=0, description="cluster: GPUs of the predictor")
+    route: str | None = Field(
+        None, description="kserve: users' HTTPRoute; a candidate gets a share of its requests first"
+    )
+    split_percent: int = Field(10, ge=1, le=99, description="route: the candidate's share of the requests")
+    split_seconds: float = Field(300.0, gt=0, description="route: for how long it has that share")
     manifests_url: str | None = Field(None, description="git: the repository that the cluster follows")
     manifests_branch: str = Field("main", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_./-]*$")
     manifests_path: str = Field("models", description="git: folder of the model's folder; relative, without ..")
@@ -365,6 +370,8 @@ class DeploymentConfig(Section):
     def _git_has_a_repository(self) -> Self:
         if self.target == "git" and not self.manifests_url:
             raise ValueError("target git needs manifests_url, the repository that the cluster follows")
+        if self.target == "git" and self.route:
+            raise ValueError("target git makes no candidate that could get a share of route: unset route")
         if self.manifests_url and not _GIT_ADDRESS.match(self.manifests_url):
             raise ValueError("manifests_url must be an address that starts with https, ssh or file, or USER@HOST:PATH")
         if self.manifests_url and _PASSWORD.match(self.manifests_url):

@@ -96,6 +96,7 @@ def rollout(
     from avrt_lib.serving.cluster import Cluster
     from avrt_lib.serving.deployment import check_candidate
     from avrt_lib.serving.inference_service import Status
+    from avrt_lib.serving.route import Split
 
     if settings and config is None:
         raise UsageError("--set changes the configuration that --config names: give it too.")
@@ -107,14 +108,15 @@ def rollout(
         raise UsageError(
             f"There is no {namespace}/{name} to change: the deployment step or a manifest makes the first."
         )
+    wanted = rollouts.to_uri(champion, uri, version, Split.of(used.deployment))
 
     def check(candidate: Status) -> None:
-        found = check_candidate(used, candidate, questions)
+        found = check_candidate(used, candidate, questions, wanted.served_as)
         err.print(f"{found['well_formed']} of {found['answers']} answers have the asked form.", soft_wrap=True)
 
     served = rollouts.rollout(
         cluster,
-        rollouts.to_uri(champion, uri, version),
+        wanted,
         check=check,
         timeout_s=timeout_s or used.deployment.start_timeout_s,
         told=_told,

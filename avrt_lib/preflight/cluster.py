@@ -29,6 +29,7 @@ TIME_LIMIT_S, CALL_S = 35.0, 5.0
 CLUSTER = "Cluster"
 _KSERVE = "serving.kserve.io"
 _KUEUE = "kueue.x-k8s.io"
+_GATEWAY = "gateway.networking.k8s.io"
 _ARGO_SETTINGS = "workflow-controller-configmap"
 
 
@@ -298,6 +299,9 @@ def _serving(cluster: Cluster, config: Config, profile: Profile) -> Iterator[Che
     needed = [(verb, _KSERVE, "inferenceservices") for verb in ("get", "create", "update", "delete")]
     needed += [(verb, "coordination.k8s.io", "leases") for verb in ("get", "create", "update")]
     needed += [("get", "apps", "deployments"), ("list", "", "pods"), ("list", "", "events")]
+    if deployment.route:
+        needed += [(verb, _GATEWAY, "httproutes") for verb in ("get", "patch")]
+        yield _route(cluster, namespace, deployment.route)
     try:
         missing = [
             f"{verb} {resource}"
@@ -312,6 +316,19 @@ def _serving(cluster: Cluster, config: Config, profile: Profile) -> Iterator[Che
         )
     except NotSeen as reason:
         yield Check("Permission", UNKNOWN, f"of {runs_as}: {reason}")
+
+
+def _route(cluster: Cluster, namespace: str, route: str) -> Check:
+    if _GATEWAY not in cluster.groups():
+        mend = "install the Gateway API and a controller for it, or unset deployment.route"
+        return Check("Route", FAILED, f"the cluster has no {_GATEWAY} (its CRDs are missing)", mend)
+    try:
+        if cluster.custom(_GATEWAY, "v1", "httproutes", route, namespace) is None:
+            mend = "apply manifests/components/gateway-api, or correct deployment.route"
+            return Check("Route", FAILED, f"there is no HTTPRoute {route} in {namespace}", mend)
+    except NotSeen as reason:
+        return Check("Route", UNKNOWN, f"{route} {reason}")
+    return Check("Route", OK, f"{route} in {namespace}")
 
 
 def _kueue(cluster: Cluster, profile: Profile) -> Iterator[Check]:

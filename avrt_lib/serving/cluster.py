@@ -1,4 +1,4 @@
-"""The API server as serving needs it: InferenceServices of one namespace, what they are made of, and Leases."""
+"""The API server as serving needs it: InferenceServices of one namespace, what they are made of, Leases and routes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ POD_LABEL = "serving.kserve.io/inferenceservice"
 _KSERVE = ("serving.kserve.io", "v1beta1")
 _SERVICES = "inferenceservices"
 _LEASES = ("coordination.k8s.io", "v1")
+_ROUTES = ("gateway.networking.k8s.io", "v1")
 _CALL_S = (10, 30)  # connecting, reading
 _LOG_LINES = 20
 
@@ -146,6 +147,25 @@ class Cluster:
             stored = self._call("create leases", self._objects.create_namespaced_custom_object, *where, lease)
         return stored
 
+    def route(self, name: str) -> Document | None:
+        """The HTTPRoute of this name, or None."""
+        return self._get(*_ROUTES, "httproutes", name)
+
+    def set_rules(self, route: Document, rules: list[Document], *, dry_run: bool = False) -> None:
+        """Store other rules of an HTTPRoute that was read before.
+
+        Args:
+            dry_run: whether to ask only if the API server would take them.
+
+        Raises:
+            Conflict: where it was changed since it was read.
+        """
+        method, metadata = self._objects.patch_namespaced_custom_object, route["metadata"]
+        where = (*_ROUTES, self.namespace, "httproutes", metadata["name"])
+        change = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "spec": {"rules": rules}}
+        more = {"dry_run": "All"} if dry_run else {}
+        self._call("patch httproutes", method, *where, change, field_manager="avrt-rollout", **more)
+
     def _get(self, group: str, version: str, plural: str, name: str) -> Document | None:
         method = self._objects.get_namespaced_custom_object
         where = (group, version, self.namespace, plural, name)
@@ -206,8 +226,10 @@ class Cluster:
         except ApiException as error:
             message = _message(error)
             if error.status == 404 and message is None:
+                kind = what.split()[1]
+                needed = "the Gateway API, or unset deployment.route" if kind == "httproutes" else "KServe"
                 raise EnvironmentProblem(
-                    f"The cluster does not know {what.split()[1]}: install KServe (docs/serving.md)."
+                    f"The cluster does not know {kind}: install {needed} (docs/serving.md)."
                 ) from error
             if (error.status == 404 and absent_is_fine) or (error.status in (400, 404) and refusal_is_fine):
                 return None

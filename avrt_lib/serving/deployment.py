@@ -223,20 +223,22 @@ def _kserve(
     from avrt_lib.serving.cluster import Cluster
     from avrt_lib.serving.reach import reached
     from avrt_lib.serving.rollout import Wanted, rollout
+    from avrt_lib.serving.route import Split
     from avrt_lib.store import ModelPlace
 
     service = inference_service(config, ModelPlace(decision["uri"], decision["sha256"], 0), decision["version"])
+    wanted = Wanted(to_dict(service), Split.of(config.deployment))
 
     def told(line: str) -> None:
         log.info("%s", line)
         progress.advance(0, line)
 
     def check(candidate: Status) -> None:
-        check_candidate(config, candidate, questions)
+        check_candidate(config, candidate, questions, wanted.served_as)
 
     champion = rollout(
         Cluster(config.deployment.namespace),
-        Wanted(to_dict(service)),
+        wanted,
         check=check,
         timeout_s=config.deployment.start_timeout_s,
         told=told,
@@ -247,8 +249,11 @@ def _kserve(
         yield Endpoint(base_url, os.environ.get("AVRT_API_KEY"), champion.name)
 
 
-def check_candidate(config: Config, candidate: Status, questions: list[Sample]) -> dict[str, Any]:
+def check_candidate(config: Config, candidate: Status, questions: list[Sample], model: str) -> dict[str, Any]:
     """Ask a served candidate held-out questions, after a glance at whether it is there and takes the key.
+
+    Args:
+        model: the name that it is to be served under.
 
     Returns:
         What ``judge`` says.
@@ -259,10 +264,10 @@ def check_candidate(config: Config, candidate: Status, questions: list[Sample]) 
     from avrt_lib.serving.reach import reached
 
     with reached(candidate) as base_url:
-        endpoint = Endpoint(base_url, os.environ.get("AVRT_API_KEY"), candidate.name)
-        name = served_model(base_url, endpoint.api_key, candidate.name)
-        if name != candidate.name:
-            raise ServingError(f"{base_url} serves {name}, not {candidate.name}.")
+        endpoint = Endpoint(base_url, os.environ.get("AVRT_API_KEY"), model)
+        name = served_model(base_url, endpoint.api_key, model)
+        if name != model:
+            raise ServingError(f"{base_url} serves {name}, not {model}.")
         found = judge(config, [_asked(config, endpoint, sample) for sample in questions], promoted=True)
     log.info("the candidate %s: %s", candidate.name, found)
     if not found["ok"]:

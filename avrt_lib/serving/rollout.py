@@ -1,8 +1,9 @@
 """Rollout without a service mesh: the new model proves itself beside the champion before the champion changes.
 
-The new model comes up as an InferenceService of its own, ``NAME-candidate``, and is asked questions. Then the candidate
-makes room, and the champion is set to the new model: its old pods serve until the new ones are ready. So there is never
-more than one pod beside the champion's.
+The new model comes up as an InferenceService of its own, ``NAME-candidate``, and is asked questions. Where users come
+through an HTTPRoute, it may get a share of their requests for a while (``route.Split``). Then the candidate makes room,
+and the champion is set to the new model: its old pods serve until the new ones are ready. So there is never more than
+one pod beside the champion's.
 
 What comes next is read from the cluster each time (``next_stage``): a rollout that is killed goes on with the same
 call. What the cluster's objects cannot tell, that the candidate has passed, is noted in the rollout's Lease; what a
@@ -16,24 +17,27 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from avrt_lib.errors import AvrtError, ServingError, UsageError
 from avrt_lib.promotion.manifest import DATA, LONGEST_NAME_AND_NAMESPACE, MODEL_SHA256, MODEL_VERSION, RUN
-from avrt_lib.serving.cluster import Cluster, Conflict, Document
+from avrt_lib.serving.cluster import Cluster, Conflict, Document, container_statuses
 from avrt_lib.serving.inference_service import (
     POLL_S,
     STOP,
+    State,
     Status,
     annotations_of,
+    judge,
     rolled_out,
     storage_uri,
     wait,
 )
 from avrt_lib.serving.lease import Lease
+from avrt_lib.serving.route import Route, Split
 
 log = logging.getLogger("avrt.serving")
 
@@ -44,7 +48,10 @@ PREVIOUS = "avrt/previous"
 ROLLED_BACK = "avrt/rolled-back-from"
 _ORIGIN = (MODEL_VERSION, MODEL_SHA256, RUN, DATA)
 _ARGO = "argocd.argoproj.io/tracking-id"
-_CHECKED, _URI, _STAGE = "avrt/checked", "avrt/uri", "avrt/stage"
+#: What the Lease notes: what has passed its check, and its time with real traffic, by fingerprint; the route that may
+#: lead to the candidate now; the model, and the stage, for people.
+_CHECKED, _SHARED, _ROUTE, _URI = "avrt/checked", "avrt/shared", "avrt/route", "avrt/uri"
+_ENDED = {"uri": None, "stage": None, "checked": None, "shared": None}
 _REMOVAL_S = 180.0
 _TRIES = 10
 
@@ -54,6 +61,7 @@ class Stage(StrEnum):
 
     CANDIDATE = "making the candidate"
     CHECKING = "checking the candidate"
+    SHARING = "sharing the traffic"
     CLEARING = "removing the candidate"
     PROMOTING = "changing the champion"
 
@@ -64,9 +72,11 @@ class Wanted:
 
     Attributes:
         service: its InferenceService, without what a cluster adds.
+        split: how its candidate gets a share of the real traffic; None: it gets none.
     """
 
     service: Document
+    split: Split | None = None
 
     @property
     def name(self) -> str:
@@ -79,7 +89,13 @@ class Wanted:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides how the model is served."""
-        return hashlib.sha256(json.dumps(self.service["spec"], sort_keys=True).encode()).hexdigest()[:16]
+        decides = [self.service["spec"], self.served_as] if self.split else self.service["spec"]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def served_as(self) -> str:
+        """The model's name in requests to the candidate; users' requests name the champion."""
+        return self.name if self.split else self.name + CANDIDATE
 
     def candidate(self) -> Document:
         """The InferenceService that comes up beside the champion: one pod, no autoscaler."""
@@ -94,10 +110,13 @@ class Wanted:
         predictor |= {"minReplicas": 1, "maxReplicas": 1}
         for autoscaling in ("autoScaling", "scaleMetric", "scaleTarget", "scaleMetricType"):
             predictor.pop(autoscaling, None)
+        if self.split:
+            model = predictor["model"]
+            model["args"] = [*(model.get("args") or []), f"--served-model-name={self.served_as}"]
         return service
 
 
-def to_uri(champion: Document, uri: str, version: str | None) -> Wanted:
+def to_uri(champion: Document, uri: str, version: str | None, split: Split | None = None) -> Wanted:
     """The champion as it is, with another model."""
     service: Document = {
         "apiVersion": champion["apiVersion"],
@@ -110,25 +129,33 @@ def to_uri(champion: Document, uri: str, version: str | None) -> Wanted:
         "spec": copy.deepcopy(champion["spec"]),
     }
     service["spec"]["predictor"]["model"]["storageUri"] = uri
-    return Wanted(service)
+    return Wanted(service, split)
 
 
-def next_stage(champion: Document | None, candidate: Document | None, wanted: Wanted, checked: str | None) -> Stage:
+def next_stage(
+    champion: Document | None, candidate: Document | None, wanted: Wanted, notes: Mapping[str, str]
+) -> Stage:
     """What comes next.
 
     Args:
         champion: the InferenceService as it is, or None.
         candidate: the one beside it, or None.
         wanted: the champion as it is to be.
-        checked: the fingerprint of what has passed its check.
+        notes: the Lease's: what has passed, and the route that may lead to the candidate.
     """
-    if champion is None or _is_set_to(champion, wanted) or checked == wanted.fingerprint:
-        return Stage.PROMOTING if candidate is None else Stage.CLEARING
-    if candidate is None:
+    passed = notes.get(_SHARED if wanted.split else _CHECKED)
+    gone = candidate is None and _ROUTE not in notes
+    if champion is None or _is_set_to(champion, wanted) or passed == wanted.fingerprint:
+        return Stage.PROMOTING if gone else Stage.CLEARING
+    if gone:
         return Stage.CANDIDATE
-    if candidate["metadata"].get("deletionTimestamp") or annotations_of(candidate).get(_CHECKED) != wanted.fingerprint:
+    if (
+        candidate is None
+        or candidate["metadata"].get("deletionTimestamp")
+        or annotations_of(candidate).get(_CHECKED) != wanted.fingerprint
+    ):
         return Stage.CLEARING  # another rollout's, which was given up
-    return Stage.CHECKING
+    return Stage.SHARING if notes.get(_CHECKED) == wanted.fingerprint else Stage.CHECKING
 
 
 def rollout(
@@ -146,7 +173,8 @@ def rollout(
     Args:
         cluster: the champion's namespace.
         wanted: the champion as it is to be.
-        check: asks a served candidate; raises ServingError where its answers do not do.
+        check: asks a served candidate; raises ServingError where its answers do not do. Where it gets a share of the
+            traffic, it is asked once more at the end of that time.
         timeout_s: how long each of candidate and champion may take to serve.
         told: called with a line whenever something is going on.
 
@@ -155,7 +183,7 @@ def rollout(
 
     Raises:
         Busy: where another rollout of this champion is going on.
-        UsageError: where the names are too long, or Argo CD would undo the change.
+        UsageError: where the names are too long, Argo CD would undo the change, or the route is none to share.
         ServingError: where the candidate fails, which leaves the champion as it was; or where the champion does not
             come up with the new model, which sets it back.
     """
@@ -165,32 +193,43 @@ def rollout(
             f"{candidate_name} and the namespace {cluster.namespace} have more than {LONGEST_NAME_AND_NAMESPACE} "
             "characters together, which KServe cannot serve: take a shorter name."
         )
+    split = wanted.split
+    route = Route(cluster, split.route, wanted.name, candidate_name) if split else None
     with Lease(cluster, _lease_name(wanted.name)) as lease:
         while True:
             champion, candidate = cluster.service(wanted.name), cluster.service(candidate_name)
             if champion is not None:
                 _refuse_argo(champion)
-            stage = next_stage(champion, candidate, wanted, lease.notes.get(_CHECKED))
+            if route and _ROUTE not in lease.notes and route.is_shared():  # by a rollout whose Lease was lost
+                lease.note(route=route.name)
+            stage = next_stage(champion, candidate, wanted, lease.notes)
+            if route and stage is Stage.CANDIDATE:
+                route.check()
             told(f"{stage} ({wanted.uri})")
             lease.note(uri=wanted.uri, stage=stage.value)
             if stage is Stage.CANDIDATE:
+                lease.note(checked=None)
                 cluster.create(wanted.candidate())
             elif stage is Stage.CLEARING:
-                _remove(cluster, candidate_name)
-            elif stage is Stage.CHECKING:
+                _clear(cluster, lease, wanted.name)
+            elif stage in (Stage.CHECKING, Stage.SHARING):
                 try:
-                    check(_serving(cluster, lease, candidate_name, wanted.uri, timeout_s, told))
+                    found = _serving(cluster, lease, candidate_name, wanted.uri, timeout_s, told)
+                    if route and split and stage is Stage.SHARING:
+                        _share(cluster, lease, route, split, found, told)
+                    check(found)
                 except AvrtError as error:
+                    told(f"the candidate fails: {error}")
                     lease.check()
-                    _remove(cluster, candidate_name)
-                    lease.note(uri=None, stage=None)
+                    _clear(cluster, lease, wanted.name)
+                    lease.note(**_ENDED)
                     if not isinstance(error, ServingError):
                         raise
                     raise ServingError(f"The champion is unchanged; the candidate failed: {error}") from error
-                lease.note(checked=wanted.fingerprint)
+                lease.note(**{"checked" if stage is Stage.CHECKING else "shared": wanted.fingerprint})
             else:
                 found = _promote(cluster, lease, champion, wanted, timeout_s, told)
-                lease.note(uri=None, stage=None, checked=None)
+                lease.note(**_ENDED)
                 return found
 
 
@@ -211,10 +250,10 @@ def rollback(cluster: Cluster, name: str, *, timeout_s: float, told: Callable[[s
         _refuse_argo(champion)
         begun = lease.notes.get(_URI)
         given_up = begun is not None and begun != storage_uri(champion)
-        if cluster.service(name + CANDIDATE) is not None:
+        if cluster.service(name + CANDIDATE) is not None or _ROUTE in lease.notes:
             told("removing the candidate")
-            _remove(cluster, name + CANDIDATE)
-        lease.note(uri=None, stage=None, checked=None)
+            _clear(cluster, lease, name)
+        lease.note(**_ENDED)
         if given_up:
             told(f"the rollout to {begun} is given up; the champion had not been changed")
         elif PREVIOUS in annotations_of(champion):
@@ -285,7 +324,7 @@ def _promote(
         if now is None or storage_uri(now) != wanted.uri or PREVIOUS not in annotations_of(now):
             raise
         told("the champion does not come up with it: going back")
-        lease.note(uri=None, stage=None, checked=None)
+        lease.note(**_ENDED)
         back = _change(cluster, lease, wanted.name, wanted.uri, restored)
         raise ServingError(f"The champion was set back to {storage_uri(back)}: {error}") from error
 
@@ -326,6 +365,49 @@ def _change(cluster: Cluster, lease: Lease, name: str, uri: str, change: Callabl
                 raise
             time.sleep(0.2)
     raise AssertionError  # unreachable
+
+
+def _share(
+    cluster: Cluster, lease: Lease, route: Route, split: Split, candidate: Status, told: Callable[[str], None]
+) -> None:
+    """Give a candidate its share of the traffic, and watch it bear it.
+
+    Raises:
+        ServingError: where its pod is not ready or was restarted, or the route does not lead to it any more.
+    """
+    lease.note(route=route.name)  # before it leads to the candidate: whoever removes the candidate takes it back first
+    route.share(split.percent)
+    told(f"{split.percent} % of the requests through {route.name} go to the candidate, for {split.seconds:g} s")
+    until, starts = time.monotonic() + split.seconds, _starts(cluster.pods(candidate.name))
+    while (left := until - time.monotonic()) > 0:
+        lease.check()
+        route.watch(split.percent)
+        documents = cluster.documents(candidate.name)
+        found = judge(candidate.name, cluster.namespace, documents, candidate.uri)
+        if found.state is not State.SERVING:
+            raise ServingError(found.line)
+        if _starts(documents.pods) != starts:
+            raise ServingError(
+                f"its pod was restarted while it got users' requests: see the events of {candidate.name}."
+            )
+        time.sleep(min(POLL_S, left))
+
+
+def _starts(pods: list[Document]) -> set[tuple[str, str, int]]:
+    """Each container's restarts; another pod has other ones."""
+    return {
+        (pod["metadata"]["uid"], container["name"], container["restartCount"])
+        for pod in pods
+        for container in container_statuses(pod)
+    }
+
+
+def _clear(cluster: Cluster, lease: Lease, name: str) -> None:
+    """Remove a champion's candidate, after what leads users to it."""
+    if _ROUTE in lease.notes:
+        Route(cluster, lease.notes[_ROUTE], name, name + CANDIDATE).take_back()
+        lease.note(route=None)
+    _remove(cluster, name + CANDIDATE)
 
 
 def _remove(cluster: Cluster, name: str) -> None:
