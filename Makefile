@@ -11,7 +11,7 @@ TORCH_INDEX ?=
 # Further arguments: make run ARGS="--set grpo.max_steps=20", make test ARGS="-k answers"
 ARGS ?=
 
-.PHONY: help setup run test lint types check lock docs bench clean
+.PHONY: help setup run test lint types check lock docs bench bench-serving clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ docs: setup ## bring the generated part of docs/fidelity.md up to date
 
 bench: setup ## measure the parts that bound a run
 	@for script in benchmarks/*.py; do [ -e "$$script" ] || { echo "No benchmark in benchmarks/."; break; }; $(BIN)/python "$$script" $(ARGS) || exit $$?; done
+
+bench-serving: setup ## load our server and a bare `vllm serve` side by side (docs/serving.md; ARGS="--model DIR --rounds 6")
+	@$(BIN)/python benchmarks/serving.py $(ARGS)
 
 .PHONY: images push pin-images
 # Options: make images VARIANT=cuda BASE=debian:12 BUILD_BASE=… TORCH_INDEX=URL SOURCE=URL
