@@ -356,9 +356,7 @@ class DeploymentConfig(Section):
     )
     memory: str = Field("16Gi", description="cluster: memory of the predictor, as a Kubernetes quantity")
     gpus: int = Field(1, ge=0, description="cluster: GPUs of the predictor")
-    route: str | None = Field(
-        None, description="kserve: users' HTTPRoute; a candidate gets a share of its requests first"
-    )
+    route: str | None = Field(None, description="kserve: users' HTTPRoute; a candidate gets a share of the requests")
     split_percent: int = Field(10, ge=1, le=99, description="route: the candidate's share of the requests")
     split_seconds: float = Field(300.0, gt=0, description="route: for how long it has that share")
     manifests_url: str | None = Field(None, description="git: the repository that the cluster follows")

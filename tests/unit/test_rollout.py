@@ -393,7 +393,8 @@ LEAVING = {**CANDIDATE_UP, "metadata": {**CANDIDATE_UP["metadata"], "deletionTim
     ],
 )
 def test_what_comes_next(found: Document | None, candidate: Document | None, checked: str | None, stage: Stage) -> None:
-    assert next_stage(found, candidate, WANTED, checked) is stage
+    notes = {"avrt/checked": checked} if checked else {}
+    assert next_stage(found, candidate, WANTED, notes) is stage
 
 
 def test_a_candidate_is_one_pod_under_its_own_name() -> None:
@@ -404,4 +405,4 @@ def test_a_candidate_is_one_pod_under_its_own_name() -> None:
 def test_other_arguments_make_another_candidate() -> None:
     other = to_uri(champion(), NEW, "7")
     other.service["spec"]["predictor"]["model"]["args"] = ["--frames=8"]
-    assert next_stage(champion(), CANDIDATE_UP, other, None) is Stage.CLEARING
+    assert next_stage(champion(), CANDIDATE_UP, other, {}) is Stage.CLEARING
