@@ -5,8 +5,9 @@
 
 An image gets its extra of pyproject.toml, requirements/images/IMAGE.in, and its engine where it is ``vllm``. They are
 resolved against the whole lock as constraints, so that an image never has another version than the environment that was
-tested. tools.lock is what the images are built with. The first line of each holds a hash of what it was made from, so
-``stale()`` tells without an index which are old. Run it after ``make lock``. Needs uv (make setup).
+tested. tools.lock is what the images are built with. made-from.json holds a hash of what each was made from, so
+``stale()`` tells without an index which are old; it is not in the locks, whose content decides an image's tag. Run it
+after ``make lock``. Needs uv (make setup).
 """
 
 from __future__ import annotations
@@ -43,20 +44,22 @@ def inputs(lock: Path) -> list[bytes]:
     return [json.dumps(declared).encode(), *(file.read_bytes() for file in files)]
 
 
-def header(lock: Path) -> str:
-    """The first line of a lock."""
-    digest = hashlib.sha256(b"".join(inputs(lock))).hexdigest()
-    return f"# python scripts/image_requirements.py, from inputs {digest[:16]}"
+def digest(lock: Path) -> str:
+    """The hash of a lock's inputs."""
+    return hashlib.sha256(b"".join(inputs(lock))).hexdigest()
+
+
+def made_from() -> dict[str, str]:
+    """The hashes of the inputs that the locks were made from, by the lock's name."""
+    path = FOLDER / "made-from.json"
+    known: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return known
 
 
 def stale() -> list[Path]:
     """The locks whose inputs have changed since they were made."""
-    locks = [path_of(image, variant) for image in IMAGES for variant in VARIANTS]
-    return [
-        lock
-        for lock in (*locks, TOOLS)
-        if not lock.exists() or lock.read_text(encoding="utf-8").partition("\n")[0] != header(lock)
-    ]
+    locks, known = [path_of(image, variant) for image in IMAGES for variant in VARIANTS], made_from()
+    return [lock for lock in (*locks, TOOLS) if not lock.exists() or known.get(lock.name) != digest(lock)]
 
 
 def resolve(lock: Path) -> str:
@@ -91,7 +94,9 @@ def main() -> int:
             text = resolve(lock)
         except subprocess.CalledProcessError as error:
             return int(error.returncode)
-        lock.write_text(f"{header(lock)}\n{text}", encoding="utf-8")
+        lock.write_text(text, encoding="utf-8")
+        known = {**made_from(), lock.name: digest(lock)}
+        (FOLDER / "made-from.json").write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return 0
 
 
