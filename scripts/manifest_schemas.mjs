@@ -1,11 +1,12 @@
 // Checks custom resources against the validators of @kubernetes-models: documents as a JSON list on standard input, a
 // JSON list of {index, problems} on standard output; problems is null where no package knows the kind.
 //   node scripts/manifest_schemas.mjs FOLDER_WITH_NODE_MODULES < documents.json
-import { existsSync, readFileSync } from "node:fs";
+import { existsSync, readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import { pathToFileURL } from "node:url";
 
 const modules = join(process.argv[2], "node_modules", "@kubernetes-models");
+const packages = readdirSync(modules);
 const documents = JSON.parse(readFileSync(0, "utf8"));
 
 // The validators take unknown fields. They ask an object for each field that they know, so a field of an object that was
@@ -28,8 +29,8 @@ function watch(value, path, seen) {
 const answers = [];
 for (const [index, document] of documents.entries()) {
   const [group, version] = document.apiVersion.split("/");
-  const file = join(modules, group.split(".")[0], group, version, `${document.kind}.js`);
-  if (!existsSync(file)) {
+  const file = packages.map((name) => join(modules, name, group, version, `${document.kind}.js`)).find(existsSync);
+  if (!file) {
     answers.push({ index, problems: null });
     continue;
   }
