@@ -286,6 +286,7 @@ class Prober:
     Args:
         namespace: the champion's.
         name: the champion.
+        url: the address to ask in the Service's place.
         image: with Python.
         command: runs the script.
         options: of the script, after the address and the model.
@@ -301,6 +302,7 @@ class Prober:
         name: str,
         *,
         image: str,
+        url: str | None = None,
         command: Sequence[str] = ("python3", "/app/prober.py"),
         options: Sequence[str] = (),
         key: Mapping[str, Any] | None = None,
@@ -308,12 +310,12 @@ class Prober:
         container: Mapping[str, Any] | None = None,
     ) -> None:
         self._core, self._namespace, self._pod = core, namespace, f"prober-{uuid.uuid4().hex[:6]}"
-        url = f"http://{name}-predictor.{namespace}.svc.cluster.local/v1/chat/completions"
+        url = url or f"http://{name}-predictor.{namespace}.svc.cluster.local"
         made = {
             "name": "prober",
             "image": image,
             "imagePullPolicy": "IfNotPresent",
-            "command": [*command, url, name, *options],
+            "command": [*command, f"{url}/v1/chat/completions", name, *options],
             "env": [{"name": "AVRT_API_KEY", **(key or {"value": API_KEY})}],
             **(container or {}),
         }

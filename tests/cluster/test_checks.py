@@ -17,6 +17,7 @@ from avrt_lib.cluster.profile import Profile, load_profile
 from avrt_lib.config import Config, load
 from avrt_lib.preflight.checks import Check
 from avrt_lib.preflight.cluster import cluster_checks
+from tests.cluster import gateway
 from tests.cluster.simulated import wait_for
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -244,6 +245,20 @@ def test_serving_needs_runtime_account_and_permission(core: client.CoreV1Api, na
     assert wait_for(lambda: found(profile)["Permission"].status == "ok", 10)
     checks = found(profile)
     assert [checks[name].status for name in names] == ["ok"] * 4
+
+
+@pytest.mark.usefixtures("kserve")
+def test_a_share_of_the_traffic_needs_its_route(namespace: str, profile: Profile) -> None:
+    settings = {"deployment.route": gateway.ROUTE}
+    assert "Route" not in found(profile)
+    if not gateway.has_routes():
+        assert "CRDs are missing" in found(profile, **settings)["Route"].found
+    with gateway.routes():
+        checks = found(profile, **settings)
+        assert (checks["Route"].status, checks["Route"].found.split()[:3]) == ("failed", ["there", "is", "no"])
+        assert "get httproutes, patch httproutes" in checks["Permission"].found
+        gateway.make_route(namespace, "champion")
+        assert found(profile, **settings)["Route"].status == "ok"
 
 
 @pytest.mark.usefixtures("as_pod")
