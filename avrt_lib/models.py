@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from avrt_lib.config import HUB
@@ -70,7 +71,7 @@ def content_sha256(files: dict[str, dict[str, Any]]) -> str:
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
-    """Check each file of a model folder against its manifest.
+    """Check a model folder against its manifest: each file's content, no file besides, and the content hash itself.
 
     Raises:
         DataError: the message names the first file that differs.
@@ -78,8 +79,27 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     from avrt_lib.tables import read_json
 
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
-    for name, entry in manifest["files"].items():
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    check_names(files, str(folder / MANIFEST))
+    for name, entry in files.items():
         path = folder / name
-        if not path.exists() or sha256_file(path) != entry["sha256"]:
+        if not path.is_file() or sha256_file(path) != entry["sha256"]:
             raise DataError(f"{path} is not what its manifest says: publish or download the model again.")
+    # A loader takes every file of weights that it finds.
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != MANIFEST and str(path.relative_to(folder)) not in files:
+            raise DataError(f"{path} is not in the model's manifest: take it out, or publish the model again.")
+    if manifest.get("content_sha256") != content_sha256(files):
+        raise DataError(f"{folder / MANIFEST} does not fit its own list of files: copy the model again.")
     return manifest
+
+
+def check_names(names: Iterable[str], where: str) -> None:
+    """Refuse names that lead out of a model's folder.
+
+    Raises:
+        DataError: the message names the first.
+    """
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise DataError(f"{where} names {name}, which lies outside the model.")

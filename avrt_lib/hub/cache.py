@@ -12,11 +12,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from avrt_lib.errors import ConfigError, DiskFullError, EnvironmentProblem, StoreError
-from avrt_lib.models import content_sha256
+from avrt_lib.errors import ConfigError, DataError, DiskFullError, EnvironmentProblem, StoreError
+from avrt_lib.models import check_names, content_sha256
 from avrt_lib.store.objects import client, read_object, store_errors
 from avrt_lib.tables import MANIFEST, read_json, sha256_file, write_json
 
@@ -104,9 +104,10 @@ def _download(connection: Minio, bucket: str, key: str, sha256: str, target: Pat
     files: dict[str, dict[str, Any]] = manifest["files"]
     if content_sha256(files) != sha256:
         raise StoreError(f"{uri} lists other files than its address names: publish the model again.")
-    for name in files:
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise StoreError(f"{uri} names {name}, which lies outside the model.")
+    try:
+        check_names(files, uri)
+    except DataError as error:
+        raise StoreError(str(error)) from error
     partial = target.with_name(f".{sha256}.partial")
     partial.mkdir(exist_ok=True, mode=0o700)
     left = {n: e for n, e in files.items() if not _matches(partial / n, e)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from avrt_lib.config import StoreConfig
 from avrt_lib.errors import ConfigError, DataError, StoreError
 from avrt_lib.models import write_manifest
 from avrt_lib.store.objects import S3Settings
+from avrt_lib.tables import MANIFEST, read_json, sha256_file, write_json
 
 LOCAL = StoreConfig(kind="local")
 COMPLETE = {"AVRT_S3_ENDPOINT": "h:1", "AVRT_S3_ACCESS_KEY": "a", "AVRT_S3_SECRET_KEY": "s"}
@@ -82,6 +85,40 @@ def test_a_folder_that_is_not_its_manifest_is_refused(model: Path, tmp_path: Pat
     with pytest.raises(DataError, match=r"weights\.safetensors"):
         store.publish_model(model, "student", LOCAL, tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def _other_weights(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / "weights.safetensors").write_bytes(b"another")
+    manifest["files"]["weights.safetensors"]["sha256"] = sha256_file(folder / "weights.safetensors")
+
+
+def _another_file(folder: Path, manifest: dict[str, Any]) -> None:
+    (folder / "more.safetensors").write_bytes(b"another")
+
+
+def _name_outside(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest["files"]["../weights.safetensors"] = {"sha256": "0", "bytes": 1}
+
+
+@pytest.mark.parametrize(
+    ("tamper", "said"),
+    [
+        (_other_weights, "does not fit its own list"),
+        (_another_file, "more.safetensors is not in the model's manifest"),
+        (_name_outside, "lies outside the model"),
+    ],
+)
+def test_a_model_that_was_changed_together_with_its_manifest_is_refused(
+    tamper: Callable[[Path, dict[str, Any]], None], said: str, model: Path, tmp_path: Path
+) -> None:
+    place = store.publish_model(model, "student", LOCAL, tmp_path / "store")
+    kept = tmp_path / "store/models/student" / place.sha256
+    manifest = read_json(kept / MANIFEST)
+    tamper(kept, manifest)
+    write_json(kept / MANIFEST, manifest)
+    with pytest.raises(StoreError, match=said):
+        store.download_model(place.uri, tmp_path / "down")
+    assert not (tmp_path / "down").exists()
 
 
 @pytest.mark.parametrize(
