@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import sys
 import traceback
+from pathlib import Path
 
 from rich.console import Console
 
@@ -13,6 +16,15 @@ from avrt_lib.errors import AvrtError, DiskFullError
 #: Results go to standard output, everything else to standard error.
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
+
+
+def program() -> str:
+    """What to type for this program, from the current folder: ``avrt`` where the shell finds this very one."""
+    called, found = Path(sys.argv[0]), shutil.which("avrt")
+    if called.name != "avrt" or (found and Path(found).resolve() == called.resolve()):
+        return "avrt"
+    relative = os.path.relpath(called)
+    return str(called.absolute()) if relative.startswith("..") else relative
 
 
 def fail(error: BaseException, *, debug: bool) -> int:

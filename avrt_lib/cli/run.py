@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from avrt_lib.cli.console import err, out
+from avrt_lib.cli.console import err, out, program
 from avrt_lib.cli.display import Watch, log_of
 from avrt_lib.cli.options import DEFAULT_CONFIG, find_config, resolve, resumed
 from avrt_lib.cli.results import show_summary
 from avrt_lib.config import Config
 from avrt_lib.errors import UsageError
 from avrt_lib.runs import RunFolder, create, find, write_config
+from avrt_lib.tables import read_json
 
 
 def start(config_file: Path | None, changes: dict[str, Any], *, runs_dir: Path, resume: str | None) -> int:
@@ -72,11 +75,19 @@ def _show_result(folder: RunFolder, summary: dict[str, Any], runs_dir: Path) -> 
         return
     options = "" if runs_dir == (Path.cwd() / "runs") else f" --runs-dir {runs_dir}"
     if summary["champion"]:
-        out.print(f"Serve it:  avrt serve --run {folder.path.name}{options}", soft_wrap=True)
-        out.print(
-            f'Ask it:    avrt ask{options} --video clip.mp4 "What is seen and heard?" --option "…" --option "…"',
-            soft_wrap=True,
-        )
+        out.print(f"Serve it:  {program()} serve --run {folder.path.name}{options}", soft_wrap=True, markup=False)
+        out.print(f"Ask it:    {program()} ask{options} {_example(folder)}", soft_wrap=True, markup=False)
+
+
+def _example(folder: RunFolder) -> str:
+    """A question to ``avrt ask``: of a held-out clip that the run has rendered, or a pattern for clips of one's own."""
+    for file in sorted(folder.work.glob("scratch/ingest/*/rendered/test-*/annotations.json")):
+        rows = read_json(file)
+        row = next((row for row in rows if row["question_type"] == "both"), rows[0])
+        video = os.path.relpath(file.parent / "videos" / f"{row['video_name']}.mp4")
+        options = " ".join(f"--option {shlex.quote(option)}" for option in row["multi_choice"])
+        return f"--video {shlex.quote(video)} {shlex.quote(row['question_text'])} {options}"
+    return '--video clip.mp4 "What is seen and heard?" --option "…" --option "…"'
 
 
 def compile_file(
@@ -126,7 +137,6 @@ def rebuild_report(runs_dir: Path, name: str) -> Path:
     """
     from avrt_lib.report import summary as summaries
     from avrt_lib.report.html import write_report
-    from avrt_lib.tables import read_json
 
     folder = find(runs_dir.expanduser().absolute(), name)
     earlier = read_json(folder.summary_file).get("failure") if folder.summary_file.exists() else None

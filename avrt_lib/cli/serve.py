@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from rich.panel import Panel
 from rich.text import Text
 
-from avrt_lib.cli.console import err, out
+from avrt_lib.cli.console import err, out, program
 from avrt_lib.cli.options import DEFAULT_CONFIG, find_config, resolve
 from avrt_lib.config import Config
 from avrt_lib.errors import ServingError, UsageError
@@ -54,7 +54,7 @@ def serve_model(runs_dir: Path, *, run: str, model: Path | None, host: str, port
             config, place = folder.config(), champion_folder(folder)
         else:
             config, place = nearest_config(runs_dir, run), model
-        key_file = api_key_file(runs_dir)
+        key, kept = _api_key(runs_dir)
         served = ServedModel(
             place,
             config.promotion.model_name,
@@ -63,7 +63,7 @@ def serve_model(runs_dir: Path, *, run: str, model: Path | None, host: str, port
             log=runs_dir / "serve.log",
             host=host,
             port=port,
-            api_key=key_file.read_text(encoding="utf-8").strip(),
+            api_key=key,
             start_timeout_s=config.deployment.start_timeout_s,
         )
         starting = f"Starting vLLM with {place} …"
@@ -74,9 +74,10 @@ def serve_model(runs_dir: Path, *, run: str, model: Path | None, host: str, port
             running = started.pop_all()
         with running:
             out.print(f"Serving {served.name} at {served.base_url}", soft_wrap=True)
-            out.print(f"API key: in {key_file}; log: {served.log}", soft_wrap=True)
+            out.print(f"API key: in {kept}; log: {served.log}", soft_wrap=True)
             out.print(
-                'Ask it: avrt ask --video clip.mp4 "…?" --option "…" --option "…"; stop with Ctrl-C.', soft_wrap=True
+                f'Ask it: {program()} ask --video clip.mp4 "…?" --option "…" --option "…"; stop with Ctrl-C.',
+                soft_wrap=True,
             )
             while served.running:
                 threading.Event().wait(CHECK_EVERY_S)
@@ -104,7 +105,8 @@ def champion_folder(folder: RunFolder) -> Path:
             "folder with --model."
         )
     target = folder.path / "champion" / str(champion["sha256"])
-    with _store(folder, champion["uri"]):
+    # Without the store where the model is here: it may be in use by a run that goes on.
+    with contextlib.nullcontext() if target.exists() else _store(folder, champion["uri"]):
         download_model(champion["uri"], target)
     return target
 
@@ -125,6 +127,14 @@ def _store(folder: RunFolder, uri: str) -> Iterator[None]:
         finally:
             for name, value in before.items():
                 os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _api_key(runs_dir: Path) -> tuple[str, str]:
+    """The key of a server started here, and where it is kept: AVRT_API_KEY, or else the file in the runs folder."""
+    if key := os.environ.get("AVRT_API_KEY"):
+        return key, "AVRT_API_KEY"
+    file = api_key_file(runs_dir)
+    return file.read_text(encoding="utf-8").strip(), str(file)
 
 
 def api_key_file(runs_dir: Path) -> Path:
