@@ -24,10 +24,10 @@ def percent(value: float | None) -> str:
 
 def models_table(summary: dict[str, Any]) -> Table:
     """Base, SFT and GRPO on the held-out test questions; narrow enough for 80 columns."""
-    models = summary["models"]
+    models, of = summary["models"], "test" if summary.get("caveats") else "held-out test"
     count = max(model["n"] or 0 for model in models.values())
     table = Table(
-        title=f"Accuracy in % on {count} held-out test questions, with 95 % interval",
+        title=f"Accuracy in % on {count} {of} questions, with 95 % interval",
         title_justify="left",
         caption="audio, vision: the same questions with this modality alone; words: of an answer, on average",
         caption_justify="left",
@@ -82,6 +82,8 @@ def _row(label: str, model: dict[str, Any], kinds: list[str]) -> list[str]:
 
 def show_summary(summary: dict[str, Any], console: Console) -> None:
     """Print what came out of a run."""
+    for caveat in summary.get("caveats", []):
+        console.print(caveat, style="yellow", soft_wrap=True)
     if any(model["n"] is not None for model in summary["models"].values()):
         console.print(models_table(summary))
         if not _fit(kinds_of(summary["models"])):

@@ -110,6 +110,7 @@ def _facts(samples: Path, made: Plan) -> dict[str, Any]:
         "dropped": reasons.total(),
         "dropped_reasons": dict(sorted(reasons.items())),
         "rows": made.rows,
+        "overlapping": made.overlapping,
     }
 
 

@@ -93,6 +93,7 @@ def render(summary: Json, reports: Mapping[str, Json], run_dir: Path) -> str:
         headline=headline(summary, models),
         **{name: _section(summary, name, *keys) for name, keys in SECTIONS.items()},
         versions=_mapping(summary.get("versions")),
+        caveats=summary.get("caveats") or [],
         model_names=MODELS,
         models={role: model for role, model in models.items() if model.get("accuracy") is not None},
         condition_names=CONDITION_NAMES,

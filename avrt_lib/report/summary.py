@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from avrt_lib import __version__
+from avrt_lib.config import Config
 from avrt_lib.runs import ROLES, RunFolder, instances
 from avrt_lib.tables import write_json
 from avrt_lib.workspace import read_reports
@@ -63,6 +64,7 @@ def build(
         "status": "failed" if failed else "succeeded",
         "failure": failed,
         "steps": _steps(expected, reports, over=failed is not None),
+        "caveats": _caveats(config, facts),
         "dataset": _pick(facts.get("ingest"), "samples", "by_kind", "dropped"),
         "ledger": _pick(facts.get("merger", {}).get("ledger"), "both", "audio_only", "vision_only", "none"),
         "merged": _pick(facts.get("merger", {}).get("merged"), "rows", "flags"),
@@ -74,6 +76,16 @@ def build(
         "serving": _serving(facts.get("deployment")),
         "versions": versions(),
     }
+
+
+def _caveats(config: Config, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What keeps the figures from meaning what they usually mean, a sentence each."""
+    found = []
+    if facts.get("ingest", {}).get("overlapping"):
+        found.append("Every clip stands in all splits: the accuracies say nothing about unseen clips.")
+    if config.merger.keep == "all":
+        found.append("Unfiltered: the student also learned from questions that a teacher had answered wrongly.")
+    return found
 
 
 def write(run_dir: Path, failure: Mapping[str, str] | None = None) -> dict[str, Any]:

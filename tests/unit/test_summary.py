@@ -10,9 +10,10 @@ import pytest
 
 from avrt_lib.config import load
 from avrt_lib.report import summary
-from avrt_lib.runs import create, instances
+from avrt_lib.runs import create, instances, write_config
 
-CONFIG = load(Path(__file__).parents[2] / "configs" / "miniature.yaml")
+MINIATURE = Path(__file__).parents[2] / "configs" / "miniature.yaml"
+CONFIG = load(MINIATURE)
 EVALUATION = {
     "accuracy": 0.4,
     "ci95": [0.35, 0.45],
@@ -44,6 +45,7 @@ KEYS = {
     "status": None,
     "failure": None,
     "steps": None,
+    "caveats": None,
     "dataset": {"samples", "by_kind", "dropped"},
     "ledger": {"both", "audio_only", "vision_only", "none"},
     "merged": {"rows", "flags"},
@@ -100,6 +102,15 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert built["steps"]["vision_teacher"]["seconds"] == 3.0
     assert built["steps"]["evaluation"]["instances"]["evaluation-sft"] == {"seconds": 1.5, "status": "succeeded"}
     assert built["versions"]["kfp"] is not None
+
+
+def test_what_the_figures_do_not_mean_is_said(tmp_path: Path) -> None:
+    assert summary.build(_run(tmp_path / "usual"))["caveats"] == []
+    folder = _run(tmp_path, ingest={"facts": {**FACTS["ingest"], "overlapping": True}})
+    write_config(folder / "config.yaml", load(MINIATURE, {"merger.keep": "all"}))
+    overlapping, unfiltered = summary.build(folder)["caveats"]
+    assert "all splits" in overlapping
+    assert "Unfiltered" in unfiltered
 
 
 def test_not_promoted_is_a_success_without_champion(tmp_path: Path) -> None:
