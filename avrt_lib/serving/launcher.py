@@ -37,6 +37,7 @@ RESERVED = (
     "--trust-request-mm-kwargs",
     "--trust-request-chat-template",
     "--uds",
+    "--config",  # a file with any of these
 )
 
 
@@ -105,8 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     options, rest = parser().parse_known_args(arguments)
     for option in rest:
-        if option.split("=")[0].replace("_", "-") in RESERVED:
-            raise UsageError(f"{option.split('=')[0]} is decided by the launcher and cannot be given.")
+        name = option.split("=")[0]
+        # vLLM's parser takes an option by its first letters too.
+        if name.startswith("--") and any(reserved.startswith(name.replace("_", "-")) for reserved in RESERVED):
+            raise UsageError(f"{name} is decided by the launcher and cannot be given.")
     _set_environment(options)
 
     import uvloop

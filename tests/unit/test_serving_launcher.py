@@ -52,7 +52,16 @@ def test_only_a_cpu_runs_eagerly(model: Path, on_cpu: bool, expected: bool) -> N
 
 @pytest.mark.parametrize(
     "option",
-    ["--api-key", "--api-key=k", "--middleware", "--allowed-local-media-path=/", "--allowed_media_domains=h", "--uds"],
+    [
+        "--api-key",
+        "--api-key=k",
+        "--middleware",
+        "--allowed-local-media-path=/",
+        "--allowed-local=/",
+        "--allowed_media_domains=h",
+        "--uds",
+        "--config=file.yaml",
+    ],
 )
 def test_what_the_launcher_closes_stays_closed(model: Path, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AVRT_API_KEY", "k")
