@@ -124,6 +124,11 @@ class EngineConfig(Section):
     def _endpoint_has_an_address(self) -> Self:
         if self.kind == "endpoint" and not self.base_url:
             raise ValueError("an endpoint engine needs base_url (for example http://teacher.models.svc/v1)")
+        if self.base_url and (_PASSWORD.match(self.base_url) or not _API_ADDRESS.fullmatch(self.base_url)):
+            raise ValueError(
+                "base_url must be http(s)://HOST[:PORT]/PATH without a user, a password or a query: name the key's "
+                "variable in api_key_env"
+            )
         if self.trust_remote_code:
             if self.kind == "endpoint":
                 raise ValueError("trust_remote_code is for models that are loaded here: say it where the endpoint runs")
@@ -226,19 +231,21 @@ class SftConfig(OptimizerConfig):
     max_steps: int | None = Field(None, ge=1, description="a cap on the steps, whatever the epochs")
     target: Literal["reasoning", "answer"] = Field("reasoning", description="answer: the control without traces")
     modality_dropout: float = _sourced(0.0, OURS, ge=0, lt=1)
-    modality_dropout_types: list[str] | None = Field(
-        None, description="the question types that may lose a modality; all of them if not given"
+    modality_dropout_types: list[str] | None = _sourced(
+        None, OURS, description="the question types that may lose a modality; all of them if not given"
     )
-    modality_dropout_vision_only: float = Field(
-        0.5, ge=0, le=1, description="the share of those rows that lose the sound; the others lose the sight"
+    modality_dropout_vision_only: float = _sourced(
+        0.5, OURS, ge=0, le=1, description="the share of those rows that lose the sound; the others lose the sight"
     )
     type_balance: float = _sourced(0.0, OURS, ge=0, le=2)
-    stop_low: float | None = Field(None, gt=0, lt=1, description="stop at the first validation accuracy this high")
-    stop_high: float = Field(0.8, gt=0, le=1, description="… and not higher: go back and take smaller steps")
-    stop_type_low: float = Field(
-        0.0, ge=0, lt=1, description="… and only where every common question type is at least this accurate"
+    stop_low: float | None = _sourced(
+        None, OURS, gt=0, lt=1, description="stop at the first validation accuracy this high"
     )
-    validate_every_steps: int = Field(10, ge=1)
+    stop_high: float = _sourced(0.8, OURS, gt=0, le=1, description="… and not higher: go back and take smaller steps")
+    stop_type_low: float = _sourced(
+        0.0, OURS, ge=0, lt=1, description="… and only where every common question type is at least this accurate"
+    )
+    validate_every_steps: int = _sourced(10, OURS, ge=1)
     validation_samples: int = Field(128, ge=1)
 
     @model_validator(mode="after")
