@@ -48,12 +48,14 @@ class Limits:
         duration_s: length of a clip.
         pixels: width times height of a picture (the default is 8K).
         aspect: longest side over shortest side; the students' processors refuse more than 200.
+        decode_s: how long decoding may take.
     """
 
     file_bytes: int = 4 * 2**30
     duration_s: float = 4 * 3600.0
     pixels: int = 7680 * 4320
     aspect: float = 100.0
+    decode_s: float = 600.0
 
 
 def check_file(path: Path, limits: Limits) -> None:

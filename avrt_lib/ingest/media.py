@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,25 +94,50 @@ def load(
             f"{error.filename or files[0]} cannot be read ({error.strerror}): check who may read it."
         ) from error
     pictures: Pictures | None = None
-    if video is not None:
-        pictures = sample_video(
-            video,
-            count=budget.frames,
-            longest_side_px=budget.longest_side_px,
-            quality=budget.jpeg_quality,
-            limits=limits,
-        )
-    elif image is not None:
-        pictures = read_image(image, longest_side_px=budget.longest_side_px, quality=budget.jpeg_quality, limits=limits)
     sound: Sound | None = None
-    source = audio or video
-    if source is not None:
-        sound = decode_audio(source, seconds=budget.audio_seconds, limits=limits)
-        if sound is None and audio is not None:
-            raise MediaError(f"{audio} has no sound track: name a sound file, or leave the path out.")
+    with _deadline(files[0], limits.decode_s):
+        if video is not None:
+            pictures = sample_video(
+                video,
+                count=budget.frames,
+                longest_side_px=budget.longest_side_px,
+                quality=budget.jpeg_quality,
+                limits=limits,
+            )
+        elif image is not None:
+            pictures = read_image(
+                image, longest_side_px=budget.longest_side_px, quality=budget.jpeg_quality, limits=limits
+            )
+        source = audio or video
+        if source is not None:
+            sound = decode_audio(source, seconds=budget.audio_seconds, limits=limits)
+            if sound is None and audio is not None:
+                raise MediaError(f"{audio} has no sound track: name a sound file, or leave the path out.")
     if pictures is None and sound is None:
         raise MediaError(f"{files[0]} holds neither pictures nor sound: fetch it again, or remove its rows.")
     return _combined(pictures, sound, still=video is None, sha256=digest)
+
+
+@contextmanager
+def _deadline(path: Path, seconds: float) -> Iterator[None]:
+    """End decoding that takes too long: a small file can ask for hours of work.
+
+    An alarm reaches the main thread only, which is where the workers of ingest and ``avrt ask`` decode.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(_number: int, _frame: object) -> None:
+        raise MediaError(f"{path} takes longer than {seconds:g} s to decode: cut it or encode it anew.")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _combined(pictures: Pictures | None, sound: Sound | None, *, still: bool, sha256: str) -> Media:

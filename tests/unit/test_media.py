@@ -306,6 +306,7 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
         (Limits(duration_s=1.0), "2 s long, more than 1 s"),
         (Limits(pixels=1000), "64×48 pixels, more than 1000"),
         (Limits(aspect=1.2), "64×48 pixels, a strip"),
+        (Limits(decode_s=0.001), "longer than 0.001 s to decode"),
     ],
 )
 def test_a_clip_beyond_a_limit_is_refused(limits: Limits, says: str, tmp_path: Path) -> None:
