@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import avrt_lib
+from avrt_lib import tracking
 from avrt_lib.config import Config
 from avrt_lib.errors import AvrtError, EnvironmentProblem, OutputMissingError
 from avrt_lib.report import summary as summaries
@@ -73,6 +74,7 @@ def execute(folder: RunFolder, config: Config, data_hash: str, watch: Callable[[
     failure: dict[str, str] | None = None
     exit_code = 0
     unexpected: Exception | None = None
+    tracked: dict[str, str] = {}
     with folder.locked():
         marker = str(folder.path)
         if left := kill_marked(marker):
@@ -80,7 +82,7 @@ def execute(folder: RunFolder, config: Config, data_hash: str, watch: Callable[[
         _forget_reports(folder)
         try:
             with signals_raise():
-                _supervise(folder, config, data_hash, watch)
+                _supervise(folder, config, data_hash, watch, tracked)
         except Interrupted as stopped:
             exit_code = stopped.exit_code
             failure = {
@@ -101,6 +103,8 @@ def execute(folder: RunFolder, config: Config, data_hash: str, watch: Callable[[
         if exit_code == 0 and summary["status"] != "succeeded":
             exit_code = exit_code_of(summary["failure"]["code"])
         _write_report(folder)
+        documents = [path for path in (folder.summary_file, folder.report_file) if path.exists()]
+        tracking.end_parent(config, summary, tracked, documents)
     if unexpected is not None:
         raise unexpected
     return Outcome(summary, exit_code)
@@ -125,7 +129,10 @@ def _forget_reports(folder: RunFolder) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def _supervise(folder: RunFolder, config: Config, data_hash: str, watch: Callable[[], None]) -> None:
+def _supervise(
+    folder: RunFolder, config: Config, data_hash: str, watch: Callable[[], None], tracked: dict[str, str]
+) -> None:
+    """Run the pipeline with what it needs beside it; ``tracked`` gets the environment of the parent in MLflow."""
     os.environ[MARKER] = str(folder.path)
     # Sockets of the engines have short path limits, so temporary files do not lie below the run's folder.
     temporary = tempfile.mkdtemp(prefix="avrt-run-")
@@ -141,21 +148,17 @@ def _supervise(folder: RunFolder, config: Config, data_hash: str, watch: Callabl
                 server = stack.enter_context(LocalObjectServer(folder.store, bucket=config.store.bucket))
                 environment |= server.environment
                 keep = frozenset({int((folder.store / "server.pid").read_text(encoding="utf-8"))})
-            environment |= _tracking(folder, config, data_hash, stack)
+            uri = environment.get(tracking.URI) or f"sqlite:///{folder.path.parent / 'mlflow.db'}"
+            tracked |= tracking.start_parent(config, folder.path, uri=uri, data_hash=data_hash)
+            # It may name the parent; the steps shall make children of that one.
+            environment.pop(tracking.RUN, None)
+            environment |= tracked
             _compile(folder, environment)
             _pipeline(folder, environment, data_hash, watch, keep)
         _check_outputs(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         os.environ.pop(MARKER, None)
-
-
-def _tracking(folder: RunFolder, config: Config, data_hash: str, stack: contextlib.ExitStack) -> dict[str, str]:
-    """Start the run's parent in MLflow; its environment lets every step make a child of it."""
-    from avrt_lib import tracking
-
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.path.parent / 'mlflow.db'}"
-    return stack.enter_context(tracking.start_parent(config, folder.path, uri=uri, data_hash=data_hash))
 
 
 def _module(environment: dict[str, str], name: str, *arguments: str) -> list[str]:

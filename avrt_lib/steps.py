@@ -184,7 +184,8 @@ def run_step(
             workspace.scratch.mkdir(parents=True, exist_ok=True)
             run = importlib.import_module(step.module).run
             making = {k: workspace.scratch / k for k in step.outputs}
-            with tracking.step_run(instance, settings) if rank == 0 else nullcontext() as tracked:
+            tracker = tracking.step_run(instance, settings, step.sections, making) if rank == 0 else nullcontext()
+            with tracker as tracked:
                 facts = run(settings, workspace=workspace, **paths, **making, **given)
                 if tracked is not None:
                     tracked.log_metrics(scalars(facts), step=0)

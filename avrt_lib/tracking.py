@@ -1,4 +1,4 @@
-"""MLflow: one parent run, one child per step, metrics in batches, and the registry's champion.
+"""MLflow: one parent run, one child per step with its settings, metrics and documents, and the registry's champion.
 
 MLflow is imported only where tracking is on (``MLFLOW_TRACKING_URI`` is set). A step never fails because tracking is
 down: it logs a warning, and after three failures in a row it stops trying. The registry is different, since a promotion
@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from avrt_lib import __version__
+from avrt_lib.code_version import code_version
 from avrt_lib.config import Config, from_json
 from avrt_lib.errors import StoreError
 
@@ -35,6 +36,9 @@ _FLUSH_AFTER_S = 2.0
 _FLUSH_AT = 200
 _FAILURES = 3
 _PARAM_CHARS = 6000
+_ATTACH_S = 15.0
+_DOCUMENTS = (".json", ".yaml", ".html")
+_DOCUMENT_BYTES = 2**20
 
 
 @dataclass
@@ -63,6 +67,39 @@ class StepRun:
             batch = metrics[start : start + 1000]
             self.attempt("logging metrics", partial(self.client.log_batch, self.run_id, metrics=batch))
 
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters; what MLflow has no room for is cut off."""
+        from mlflow.entities import Param
+
+        params = [Param(key, str(value)[:_PARAM_CHARS]) for key, value in values.items()]
+        self.attempt("logging parameters", partial(self.client.log_batch, self.run_id, params=params))
+
+    def attach(self, files: Iterable[tuple[Path, str | None]]) -> None:
+        """Attach files, each with the folder among the run's artifacts that it goes to (None: their root).
+
+        Artifacts may lie in another store than the runs, which this process may have no way to or no key of. Whatever
+        its client raises is a warning, and it is waited for no longer than ``_ATTACH_S`` seconds.
+        """
+        self.attempt("attaching artifacts", partial(self._upload, files))
+
+    def _upload(self, files: Iterable[tuple[Path, str | None]]) -> None:
+        raised: list[Exception] = []
+
+        def upload() -> None:
+            try:
+                for path, place in files:
+                    self.client.log_artifact(self.run_id, str(path), place)
+            except Exception as error:  # each store's client has errors of its own
+                raised.append(error)
+
+        thread = threading.Thread(target=upload, daemon=True)
+        thread.start()
+        thread.join(_ATTACH_S)
+        if thread.is_alive():
+            raise TimeoutError(f"the artifacts' store has not taken them in {_ATTACH_S:g} s")
+        if raised:
+            raise OSError(f"{type(raised[0]).__name__}: {raised[0]}") from raised[0]
+
     def attempt(self, what: str, action: Callable[[], Any]) -> None:
         """Do something with the tracking server, or warn that it cannot be done."""
         if self._failures >= _FAILURES:
@@ -86,27 +123,11 @@ def log_metrics(values: Mapping[str, float], step: int) -> None:
         _active.log_metrics(values, step)
 
 
-def log_params(values: Mapping[str, Any]) -> None:
-    """Log parameters of the running step; without tracking, nothing."""
-    run = _active
-    if run is not None:
-        params = _params(values)
-        run.attempt("logging parameters", lambda: run.client.log_batch(run.run_id, params=params))
+def start_parent(config: Config, folder: Path, *, uri: str, data_hash: str = "") -> dict[str, str]:
+    """Open the parent run of one pipeline run; ``end_parent`` ends it.
 
-
-def log_artifact(path: Path, folder: str | None = None) -> None:
-    """Attach a file or folder to the running step; without tracking, nothing."""
-    run = _active
-    if run is not None:
-        action = run.client.log_artifacts if path.is_dir() else run.client.log_artifact
-        run.attempt(f"attaching {path.name}", lambda: action(run.run_id, str(path), folder))
-
-
-@contextlib.contextmanager
-def start_parent(config: Config, folder: Path, *, uri: str, data_hash: str = "") -> Iterator[dict[str, str]]:
-    """The parent run of one pipeline run.
-
-    A run that is resumed goes on in the parent that it had.
+    It is the run that ``MLFLOW_RUN_ID`` names, if the caller made one for this. A run that is resumed goes on in the
+    parent that it had.
 
     Args:
         config: its parameters.
@@ -114,32 +135,39 @@ def start_parent(config: Config, folder: Path, *, uri: str, data_hash: str = "")
         uri: the tracking store; for ``sqlite:///RUNS/mlflow.db`` artifacts go to ``RUNS/mlartifacts``.
         data_hash: hash of the source data; a tag of the run and of its champion.
 
-    Yields:
-        The environment that lets the run's steps join it.
+    Returns:
+        The environment that lets the run's steps make children of it; ``MLFLOW_RUN_ID`` must not be in theirs.
     """
     environment = {RUN_ID: folder.name, DATA_HASH: data_hash}
-    run: StepRun | None = None
+    given = os.environ.get(RUN)
     try:
         client = _client(uri)
-        experiment = _experiment(client, config.tracking.experiment, uri)
-        run = StepRun(client, _parent(client, experiment, folder.name, config, data_hash))
+        if given:
+            experiment = str(client.get_run(given).info.experiment_id)
+            for key, value in _parent_tags(folder.name, config, data_hash).items():
+                client.set_tag(given, key, value)
+        else:
+            experiment = _experiment(client, config.tracking.experiment, uri)
+        run = StepRun(client, given or _parent(client, experiment, folder.name, config, data_hash))
     except _tracking_failures() as error:
         log.warning("MLflow at %s cannot be reached, so nothing is tracked: %s", uri, _line(error))
-        yield environment
-        return
-    run.attempt("logging parameters", lambda: client.log_batch(run.run_id, params=_params(flat(config))))
-    environment |= {
+        return environment
+    run.log_params(flat(config))
+    return environment | {
         URI: uri,
         PARENT: run.run_id,
         "MLFLOW_EXPERIMENT_ID": experiment,
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
-    with _finishing(run):
-        yield environment
 
 
 @contextlib.contextmanager
-def step_run(instance: str, config: str | Config) -> Iterator[StepRun | None]:
+def step_run(
+    instance: str,
+    config: str | Config,
+    sections: Iterable[str] = (),
+    outputs: Mapping[str, Path] | None = None,
+) -> Iterator[StepRun | None]:
     """The MLflow run of one step instance; without ``MLFLOW_TRACKING_URI`` nothing.
 
     It joins the run that ``MLFLOW_RUN_ID`` names, where the platform made one for this task, and leaves that run's end
@@ -149,25 +177,43 @@ def step_run(instance: str, config: str | Config) -> Iterator[StepRun | None]:
     Args:
         instance: the step instance's name (``evaluation-sft``).
         config: the run's configuration, or its JSON text.
+        sections: those that the step reads; the run's parameters.
+        outputs: the step's output folders by name; when it has ended, their small documents are attached.
     """
     global _active
     with _variables({STEP: instance}):
         uri = os.environ.get(URI)
-        run, joined = (None, False) if not uri else _begin(uri, instance, config)
+        if not uri:
+            yield None
+            return
+        settings = config if isinstance(config, Config) else from_json(config)
+        run, joined = _begin(uri, instance, settings)
         if run is None:
             yield None
             return
+        read = set(sections)
+        run.log_params({key: value for key, value in flat(settings).items() if key.split(".")[0] in read})
         before, _active = _active, run
         try:
             with _variables({RUN: run.run_id}), contextlib.nullcontext() if joined else _finishing(run):
-                yield run
+                try:
+                    yield run
+                finally:
+                    run.attach(_documents(outputs or {}))
         finally:
             run.flush()
             _active = before
 
 
-def _begin(uri: str, instance: str, config: str | Config) -> tuple[StepRun | None, bool]:
-    settings = config if isinstance(config, Config) else from_json(config)
+def _documents(outputs: Mapping[str, Path]) -> Iterator[tuple[Path, str]]:
+    """Results to read, such as ``predictions/metrics.json``: no tables and no weights, which have a place already."""
+    for name, folder in outputs.items():
+        for path in sorted(folder.glob("*")):
+            if path.suffix in _DOCUMENTS and path.stat().st_size <= _DOCUMENT_BYTES:
+                yield path, name
+
+
+def _begin(uri: str, instance: str, settings: Config) -> tuple[StepRun | None, bool]:
     given, parent = os.environ.get(RUN), os.environ.get(PARENT)
     try:
         client = _client(uri)
@@ -279,35 +325,50 @@ def flat(config: Config) -> dict[str, Any]:
     return result
 
 
-def end_parent(config: Config, *, succeeded: bool) -> None:
-    """End the parent run of a cluster run; its steps only opened it."""
-    uri, name = os.environ.get(URI), os.environ.get(RUN_ID)
+def end_parent(
+    config: Config,
+    summary: Mapping[str, Any],
+    environment: Mapping[str, str] = os.environ,
+    documents: Iterable[Path] = (),
+) -> None:
+    """End the parent run as the run's summary says that the run ended; one that the caller made is left open.
+
+    Args:
+        config: the run's configuration.
+        summary: ``summary.json``.
+        environment: what ``start_parent`` gave; in a pod, whose steps only opened the parent, the environment.
+        documents: files to attach.
+    """
+    uri, name = environment.get(URI), environment.get(RUN_ID)
     if not uri or not name:
         return
+    failure = summary["failure"] or {}
+    failed = "KILLED" if failure.get("code") == "interrupted" else "FAILED"
     try:
         client = _client(uri)
-        experiment = _experiment(client, config.tracking.experiment, uri)
-        parent = _parent(client, experiment, name, config, os.environ.get(DATA_HASH, ""))
-        client.set_terminated(parent, "FINISHED" if succeeded else "FAILED")
+        parent = environment.get(PARENT)
+        if parent is None:
+            experiment = _experiment(client, config.tracking.experiment, uri)
+            parent = _parent(client, experiment, name, config, environment.get(DATA_HASH, ""))
+        StepRun(client, parent).attach((path, None) for path in documents)
+        if os.environ.get(RUN) != parent:
+            client.set_terminated(parent, "FINISHED" if summary["status"] == "succeeded" else failed)
     except _tracking_failures() as error:
         log.warning("MLflow at %s cannot be reached, so the run stays open there: %s", uri, _line(error))
 
 
 def _parent(client: Any, experiment: str, name: str, config: Config, data_hash: str) -> str:
-    tags = {
-        "mlflow.runName": name,
-        "avrt.run": name,
-        "avrt.data_hash": data_hash,
-        "avrt.config_hash": config.sha256,
-        "avrt.code_version": __version__,
-    }
+    tags = {"mlflow.runName": name, **_parent_tags(name, config, data_hash)}
     return _run(client, experiment, {"avrt.run": name}, tags)
 
 
-def _params(values: Mapping[str, Any]) -> list[Any]:
-    from mlflow.entities import Param
-
-    return [Param(key, str(value)[:_PARAM_CHARS]) for key, value in values.items()]
+def _parent_tags(name: str, config: Config, data_hash: str) -> dict[str, str]:
+    return {
+        "avrt.run": name,
+        "avrt.data_hash": data_hash,
+        "avrt.config_hash": config.sha256,
+        "avrt.code_version": code_version(),
+    }
 
 
 def _client(uri: str) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from avrt_lib import __version__
+from avrt_lib.code_version import code_version
 from avrt_lib.config import Config
 from avrt_lib.errors import DataError
 from avrt_lib.models import verify_manifest
@@ -43,7 +43,6 @@ def run(
     sft_model: Path,
     grpo_model: Path,
     champion: Path,
-    **_: Any,
 ) -> dict[str, Any]:
     """Choose, test, publish and register the champion.
 
@@ -177,9 +176,9 @@ def _promote(
         "stage": name,
         "data_hash": os.environ.get(tracking.DATA_HASH, ""),
         "config_hash": config.sha256,
-        "code_version": __version__,
+        "code_version": code_version(),
         "base": config.student.model,
-        "manifest": str(read_json(model / MANIFEST).get("made_by", {})),
+        "made_by": str(read_json(model / MANIFEST).get("made_by", {})),
     }
     version = tracking.register_champion(place.uri, config.promotion.model_name, {k: v for k, v in tags.items() if v})
     service = inference_service(config, place, version)

@@ -60,6 +60,6 @@ def run(config: Config, *, workspace: Workspace, summary: Path, status: str, com
         uri = run_reports.put_document(folder.summary_file.name, folder.summary_file.read_bytes(), "application/json")
         if folder.report_file.exists():
             run_reports.put_document(folder.report_file.name, folder.report_file.read_bytes(), "text/html")
-    tracking.end_parent(config, succeeded=document["status"] == "succeeded")
+    tracking.end_parent(config, document)
     print(LINE + json.dumps(document, ensure_ascii=False, separators=(",", ":")), flush=True)
     return {"run_status": document["status"], "uri": uri, "run": os.environ.get(run_reports.RUN_ID)}

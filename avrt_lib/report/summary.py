@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from avrt_lib import __version__
+from avrt_lib.code_version import code_version
 from avrt_lib.config import Config
 from avrt_lib.runs import ROLES, RunFolder, instances
 from avrt_lib.tables import write_json
@@ -97,7 +97,7 @@ def write(run_dir: Path, failure: Mapping[str, str] | None = None) -> dict[str, 
 
 def versions() -> dict[str, str | None]:
     """Versions of Python, of this package, and of the packages that decide results; null where one is absent."""
-    found: dict[str, str | None] = {"avrt": __version__, "python": platform.python_version()}
+    found: dict[str, str | None] = {"avrt": code_version(), "python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -390,16 +390,16 @@ def test_run_version_commit_and_service_point_at_each_other(
 
     config, uri = configured(remote, **{"deployment.gpus": 0}), f"sqlite:///{tmp_path / 'mlflow.db'}"
     place = ModelPlace(Model().uri, Model().sha256, 1)
-    with tracking.start_parent(config, tmp_path / "run-7", uri=uri, data_hash="d4t4") as environment:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        version = tracking.register_champion(place.uri, config.promotion.model_name, {"sha256": place.sha256})
-        text = manifest.to_yaml(manifest.inference_service(config, place, version))
-        (tmp_path / "isvc.yaml").write_text(text)
-        decision = Model(version).decision()
-        change = gitops.commit_manifest(config, tmp_path / "isvc.yaml", decision)
-        monkeypatch.setenv("AVRT_RUN_ID", "run-8")
-        tracking.register_champion(place.uri, config.promotion.model_name, {"sha256": place.sha256})
+    environment = tracking.start_parent(config, tmp_path / "run-7", uri=uri, data_hash="d4t4")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    version = tracking.register_champion(place.uri, config.promotion.model_name, {"sha256": place.sha256})
+    text = manifest.to_yaml(manifest.inference_service(config, place, version))
+    (tmp_path / "isvc.yaml").write_text(text)
+    decision = Model(version).decision()
+    change = gitops.commit_manifest(config, tmp_path / "isvc.yaml", decision)
+    monkeypatch.setenv("AVRT_RUN_ID", "run-8")
+    tracking.register_champion(place.uri, config.promotion.model_name, {"sha256": place.sha256})
 
     registered = MlflowClient(uri, uri).get_model_version_by_alias("avrt-miniature", "champion")
     assert registered.tags["run"] == "run-7"

@@ -9,6 +9,7 @@ import yaml
 from mlflow import MlflowClient
 
 from avrt_lib import promotion, store, tracking
+from avrt_lib.code_version import code_version
 from avrt_lib.config import load
 from avrt_lib.models import write_manifest
 from avrt_lib.promotion import manifest
@@ -39,10 +40,8 @@ def trained(folder: Path) -> Path:
 @pytest.mark.slow
 def test_the_champion_is_published_registered_and_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    with (
-        LocalObjectServer(tmp_path / "store") as server,
-        tracking.start_parent(CONFIG, tmp_path / "run-1", uri=uri, data_hash="d4t4") as parent,
-    ):
+    parent = tracking.start_parent(CONFIG, tmp_path / "run-1", uri=uri, data_hash="d4t4")
+    with LocalObjectServer(tmp_path / "store") as server:
         for name, value in {**server.environment, **parent}.items():
             monkeypatch.setenv(name, value)
         arguments = {
@@ -67,7 +66,8 @@ def test_the_champion_is_published_registered_and_described(tmp_path: Path, monk
     assert registered.source == facts["uri"]
     assert registered.tags["sha256"] == facts["sha256"]
     assert (registered.tags["data_hash"], registered.tags["config_hash"]) == ("d4t4", CONFIG.sha256)
-    assert registered.tags["code_version"]
+    assert registered.tags["code_version"] == code_version()
+    assert registered.tags["made_by"] == "{'step': 'grpo'}"
 
     written = read_json(tmp_path / "champion/champion.json")
     assert written["isvc"] == "inferenceservice.yaml"

@@ -22,14 +22,13 @@ def off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_an_address_nothing_is_tracked_and_nothing_fails(tmp_path: Path) -> None:
-    with tracking.step_run("sft", CONFIG.to_json()) as run:
+    with tracking.step_run("sft", CONFIG.to_json(), ("sft",), {"model": tmp_path}) as run:
         assert run is None
         assert os.environ["AVRT_STEP"] == "sft"
         tracking.log_metrics({"loss": 1.0}, 1)
-        tracking.log_params({"a": 1})
-        tracking.log_artifact(tmp_path)
     assert "AVRT_STEP" not in os.environ
     assert tracking.register_champion("s3://b/m", "m", {}) is None
+    tracking.end_parent(CONFIG, {"status": "succeeded", "failure": None})
 
 
 def test_importing_tracking_and_an_untracked_step_load_no_mlflow() -> None:
