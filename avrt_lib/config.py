@@ -29,6 +29,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 #: What git may be sent to; it would run a program for ``ext::``, and take a leading dash for an option.
 _GIT_ADDRESS = re.compile(r"(https://|ssh://|file:///|/|[\w.-]+@[\w.-]+:)[^\s]+$")
 _PASSWORD = re.compile(r"\w+://[^/@]*:[^/@]*@|https://[^/]*@")
+#: An address that nobody needs to hide: no user, no password, no query.
+_API_ADDRESS = re.compile(r"https?://(\[[0-9a-fA-F:.]+\]|[^\s/@?#:\[\]]+)(:\d+)?(/[^\s?#]*)?")
 
 
 def _sourced(default: Any, source: str, **constraints: Any) -> Any:
@@ -124,7 +126,7 @@ class EngineConfig(Section):
     def _endpoint_has_an_address(self) -> Self:
         if self.kind == "endpoint" and not self.base_url:
             raise ValueError("an endpoint engine needs base_url (for example http://teacher.models.svc/v1)")
-        if self.base_url and (_PASSWORD.match(self.base_url) or not _API_ADDRESS.fullmatch(self.base_url)):
+        if self.base_url and not _API_ADDRESS.fullmatch(self.base_url):
             raise ValueError(
                 "base_url must be http(s)://HOST[:PORT]/PATH without a user, a password or a query: name the key's "
                 "variable in api_key_env"

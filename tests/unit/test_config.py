@@ -1,0 +1,42 @@
+"""Addresses that a configuration may hold: it is written to files, logs, MLflow and reports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from avrt_lib.config import load
+from avrt_lib.errors import ConfigError
+
+MINIATURE = Path(__file__).parents[2] / "configs" / "miniature.yaml"
+
+
+def endpoint(url: str) -> dict[str, str]:
+    key = "teachers.vision.engine"
+    return {f"{key}.kind": "endpoint", f"{key}.model": "m", f"{key}.base_url": url}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:s3cret@host/v1",
+        "https://s3cret@host/v1",
+        "http://:s3cret@host:8000/v1",
+        "https://host/v1?api_key=s3cret",
+        "https://host/v1#s3cret",
+        "http://user:s3cret",
+        "host/v1/s3cret",
+    ],
+)
+def test_an_endpoint_address_holds_no_key_and_the_error_does_not_tell_it(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"base_url .* api_key_env") as refused:
+        load(MINIATURE, endpoint(url))
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://teacher.models.svc/v1", "https://host:8443/a/@b/v1/", "http://[::1]:8000/v1", "http://127.0.0.1:1"]
+)
+def test_an_endpoint_address_without_a_key_stands(url: str) -> None:
+    assert load(MINIATURE, endpoint(url)).teachers.vision.engine.base_url == url
