@@ -52,7 +52,6 @@ def run(
     champion: Path,
     check: Path,
     grpo_model: Path | None = None,
-    **_: Any,
 ) -> dict[str, Any]:
     """Deploy the champion and check it.
 

@@ -41,7 +41,7 @@ def promotion(
     Returns:
         champion_uri: where the champion was published; a string, since it lies outside the pipeline's root. Empty
             where nothing was promoted.
-        champion_sha256: SHA-256 of its manifest, or empty.
+        champion_sha256: SHA-256 of its content, as its manifest lists it, or empty.
     """
     from collections import namedtuple
 
