@@ -163,8 +163,8 @@ class Cluster:
         method, metadata = self._objects.patch_namespaced_custom_object, route["metadata"]
         where = (*_ROUTES, self.namespace, "httproutes", metadata["name"])
         change = {"metadata": {"resourceVersion": metadata["resourceVersion"]}, "spec": {"rules": rules}}
-        more = {"dry_run": "All"} if dry_run else {}
-        self._call("patch httproutes", method, *where, change, field_manager="avrt-rollout", **more)
+        asked = "All" if dry_run else None
+        self._call("patch httproutes", method, *where, change, field_manager="avrt-rollout", dry_run=asked)
 
     def _get(self, group: str, version: str, plural: str, name: str) -> Document | None:
         method = self._objects.get_namespaced_custom_object
