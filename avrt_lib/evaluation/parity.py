@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,8 +53,9 @@ def parity(
         engine: vLLM with this checkpoint, if one is loaded already.
 
     Returns:
-        ``max_difference`` (nats, over the likeliest tokens of every place; None without samples), ``n`` (prompts) and
-        ``argmax_equal`` (whether both name the same likeliest token at every place).
+        ``max_difference`` (nats, over the likeliest tokens of every place; None without samples, and where a
+        log-probability is not finite), ``n`` (prompts) and ``argmax_equal`` (whether both name the same likeliest token
+        at every place).
 
     Raises:
         EngineError: where vLLM cannot load the checkpoint or refuses a prompt.
@@ -69,13 +71,19 @@ def parity(
         if own:
             engine.close()
     reference = Reference(model_folder, config)
-    worst, equal = 0.0, True
+    differences: list[float] = []
+    equal = True
     for request, places in zip(requests, served, strict=True):
         taken = [next(iter(place)) for place in places]
         for place, expected in zip(places, reference.logprobs(request.messages, taken), strict=True):
-            worst = max(worst, *(abs(expected[token] - value) for token, value in place.items()))
+            differences += (abs(expected[token] - value) for token, value in place.items())
             equal &= max(expected, key=expected.__getitem__) == max(place, key=place.__getitem__)
-    return {"max_difference": worst, "n": len(requests), "argmax_equal": equal}
+    return {"max_difference": largest(differences), "n": len(requests), "argmax_equal": equal}
+
+
+def largest(differences: Sequence[float]) -> float | None:
+    """The largest difference; None where there is none, and where one is not finite, which ``max`` may pass over."""
+    return max(differences) if differences and all(map(math.isfinite, differences)) else None
 
 
 class Reference:

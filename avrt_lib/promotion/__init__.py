@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,10 @@ def run(
     The winner among SFT and GRPO has the higher accuracy on the validation questions (all modalities given; at equal
     accuracy fewer invalid answers, then the later stage). It is promoted if the exact two-sided McNemar test against
     the base on the same questions is below ``promotion.alpha`` in its favour, and if vLLM and transformers agree about
-    it. Test questions play no part.
+    it (unless ``promotion.parity_samples`` is 0). Test questions play no part.
 
     Args:
-        config: ``promotion``, ``deployment``, ``store`` and ``student`` are read.
+        config: ``promotion``, ``deployment``, ``store``, ``student`` and ``data.frames`` are read.
         champion: gets ``champion.json``, and for a champion ``inferenceservice.yaml``.
 
     Returns:
@@ -154,11 +155,19 @@ def _refusal(config: Config, winner: Candidate, test: dict[str, Any], parity: di
         return f"Not promoted: no trained model is better than the base ({evidence})."
     if test["p_value"] >= config.promotion.alpha:
         return f"Not promoted: the gain may be chance ({evidence}, needed below {config.promotion.alpha:g})."
+    if parity is None and config.promotion.parity_samples == 0:
+        return None
     tolerance = config.promotion.parity_tolerance
-    if parity and parity["max_difference"] > tolerance:
+    difference = math.nan if parity is None or parity["max_difference"] is None else parity["max_difference"]
+    if math.isnan(difference):
         return (
-            f"Not promoted: vLLM and transformers differ by {parity['max_difference']:.3g} in log-probability for "
-            f"{winner.name} (tolerance {tolerance:g})."
+            f"Not promoted: vLLM and transformers were not compared for {winner.name} (promotion.parity_samples), or "
+            "its log-probabilities are not numbers: evaluate it again."
+        )
+    if difference > tolerance:
+        return (
+            f"Not promoted: vLLM and transformers differ by {difference:.3g} in log-probability for {winner.name} "
+            f"(tolerance {tolerance:g})."
         )
     return None
 

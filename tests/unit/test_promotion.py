@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,9 @@ def untracked(monkeypatch: pytest.MonkeyPatch) -> None:
         (20, 20, 20, None, "no trained model is better"),
         (20, 20, 24, None, "may be chance"),
         (20, 30, 39, {"max_difference": 0.5, "n": 4, "argmax_equal": False}, "vLLM and transformers differ by 0.5"),
+        (20, 30, 39, {"max_difference": None, "n": 4, "argmax_equal": False}, "not compared for grpo"),
+        (20, 30, 39, {"max_difference": None, "n": 0, "argmax_equal": None}, "not compared for grpo"),
+        (20, 30, 39, None, "not compared for grpo"),
     ],
 )
 def test_not_promoted_is_a_success_with_a_reason(
@@ -108,6 +112,30 @@ def test_not_promoted_is_a_success_with_a_reason(
     written = read_json(tmp_path / "champion/champion.json")
     assert (written["promoted"], written["reason"], written["isvc"]) == (False, facts["reason"], None)
     assert not (tmp_path / "work/store").exists()
+
+
+@pytest.mark.parametrize(
+    ("samples", "parity"), [(4, {"max_difference": 0.05, "n": 4, "argmax_equal": True}), (0, None)]
+)
+def test_what_agrees_is_promoted_and_what_need_not_agree(
+    samples: int, parity: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    facts = promote(
+        tmp_path,
+        configured(**{"promotion.parity_samples": samples}),
+        base=write_predictions(tmp_path / "b", 20),
+        sft=write_predictions(tmp_path / "s", 30),
+        grpo=write_predictions(tmp_path / "g", 39, parity=parity),
+    )
+    assert (facts["promoted"], facts["model"]) == (True, "grpo")
+
+
+def test_a_difference_that_is_no_number_is_not_within_the_tolerance() -> None:
+    winner = promotion.Candidate("grpo", 1.0, 0, {})
+    test = {"candidate_accuracy": 1.0, "base_accuracy": 0.5, "n": N, "p_value": 0.001, "wins": 20, "losses": 0}
+    refused = promotion._refusal(configured(), winner, test, {"max_difference": math.nan, "n": 4})
+    assert refused is not None
+    assert "not numbers" in refused
 
 
 @pytest.mark.parametrize(("sft", "grpo", "winner"), [(30, 39, "grpo"), (39, 30, "sft"), (35, 35, "grpo")])
