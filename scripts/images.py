@@ -263,20 +263,27 @@ class Docker:
 def bases(docker: Docker, variant: str, base: str | None, build_base: str | None) -> dict[str, Bases]:
     """What each image is built from; pulled, or made, where the engine does not have it.
 
+    Args:
+        docker: the engine.
+        variant: ``cpu`` or ``cuda``.
+        base: of all images; None: those of images.yaml, or one that is made here.
+        build_base: what DeepSpeed is compiled on, in ``train``; None: as in images.yaml, or the base.
+
     Raises:
         BuildError: where a base cannot be had.
     """
-    chosen = {image: Bases(base or "", build_base or base or "") for image in IMAGES}
-    if base is None:
-        third = registry.third_party()
-        if registry.reachable(third["base-cpu"].name):
-            chosen = {image: Bases(*(third[f"base-{variant}"].reference,) * 2) for image in IMAGES}
-            chosen["pipeline"] = Bases(*(third["base-cpu"].reference,) * 2)
-            if variant == "cuda":
-                chosen["train"] = Bases(third["base-cuda"].reference, third["base-cuda-build"].reference)
-        else:
-            make_base(docker)
-            chosen = {image: Bases(LOCAL_BASE, build_base or LOCAL_BASE) for image in IMAGES}
+    if base is not None:
+        chosen = dict.fromkeys(IMAGES, Bases(base, base))
+    elif registry.reachable((third := registry.third_party())["base-cpu"].name):
+        chosen = dict.fromkeys(IMAGES, Bases(*(third[f"base-{variant}"].reference,) * 2))
+        chosen["pipeline"] = Bases(*(third["base-cpu"].reference,) * 2)
+        if variant == "cuda":
+            chosen["train"] = Bases(third["base-cuda"].reference, third["base-cuda-build"].reference)
+    else:
+        make_base(docker)
+        chosen = dict.fromkeys(IMAGES, Bases(LOCAL_BASE, LOCAL_BASE))
+    if build_base is not None:
+        chosen["train"] = Bases(chosen["train"].final, build_base)
     for reference in sorted({name for each in chosen.values() for name in (each.final, each.builder)}):
         if not docker.has(reference):
             docker.run("pull", reference, what=f"Pulling {reference}")
@@ -446,7 +453,7 @@ def main(arguments: list[str] | None = None) -> int:
     building = commands.add_parser("build", help="build what is not there yet")
     building.add_argument("--variant", choices=VARIANTS, default="cpu")
     building.add_argument("--base", help="instead of the bases of images.yaml")
-    building.add_argument("--build-base", help="CUDA: what DeepSpeed is compiled on; default: the base")
+    building.add_argument("--build-base", help="what DeepSpeed is compiled on; default: images.yaml's, or the base")
     building.add_argument("--torch-index", help="take torch's CPU build from this index only")
     building.add_argument("--source", help="label: the repository's public address; default: Git's origin")
     building.set_defaults(run=build)

@@ -235,6 +235,31 @@ def test_a_kustomization_without_our_images_is_refused(tmp_path: Path) -> None:
         images.set_tags(path, TAGS)
 
 
+# Bases
+
+
+class _Has(images.Docker):
+    """An engine that has every image."""
+
+    def __init__(self) -> None:
+        super().__init__("docker", {})
+
+    def has(self, reference: str) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("base", "in_reach"), [(None, True), (None, False), ("example.com/base:1", False)])
+def test_deepspeed_is_compiled_on_the_base_that_is_named(
+    monkeypatch: pytest.MonkeyPatch, variant: str, base: str | None, in_reach: bool
+) -> None:
+    monkeypatch.setattr(registry, "reachable", lambda _: in_reach)
+    usual = images.bases(_Has(), variant, base, None)
+    named = images.bases(_Has(), variant, base, "example.com/build:1")
+    assert named.pop("train") == images.Bases(usual.pop("train").final, "example.com/build:1")
+    assert named == usual, "the other images are built on their own base, whose Python they have"
+
+
 # Digests
 
 
