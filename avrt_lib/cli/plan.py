@@ -32,7 +32,7 @@ def plan(
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Training questions [as configured].")] = None,
     training_gpus: Annotated[int | None, typer.Option(min=1, help="GPUs of a training step [the profile's].")] = None,
-    gpu_memory: Annotated[float | None, typer.Option(help="GiB of one GPU [the profile's, or 80].")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of one GPU [that of the step's pool, or 80].")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="Of one GPU-hour [the profile's].")] = None,
     assume: Annotated[
         list[str] | None, typer.Option(help="Put a figure of your own in the place of an assumption.", metavar="KEY=N")
@@ -97,7 +97,8 @@ def show(made: dict[str, Any]) -> None:
         memory = Table("step", "GiB of a GPU", "GiB of its host", "of it", "", title="Memory")
         for item in made["memory"]:
             parts = ", ".join(f"{name} {value:g}" for name, value in item["parts"].items())
-            memory.add_row(item["step"], f"{item['gpu_gib']:g}", f"{item['host_gib']:g}", parts, item["note"])
+            needed = f"{item['gpu_gib']:g} of {item['of_gib']:g}"
+            memory.add_row(item["step"], needed, f"{item['host_gib']:g}", parts, item["note"])
         out.print(memory)
     disk = ", ".join(f"{name} {value:g}" for name, value in made["disk_gb"].items())
     out.print(f"Disk: {sum(made['disk_gb'].values()):.3g} GB ({disk})", soft_wrap=True)

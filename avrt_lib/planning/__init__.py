@@ -52,7 +52,6 @@ class Plan:
     gpus_at_once: int
     memories: list[memory.Memory]
     disk_gb: dict[str, float]
-    gpu_memory_gib: float | None
     price: float | None
     assumptions: dict[str, Assumption]
     warnings: list[str] = field(default_factory=list)
@@ -85,7 +84,6 @@ class Plan:
                 }
                 for step, need in self.needs.items()
             },
-            "gpu_memory_gib": self.gpu_memory_gib,
             "memory": [item.to_json() for item in self.memories],
             "disk_gb": {name: round(value, 2) for name, value in self.disk_gb.items()},
             "warnings": self.warnings,
@@ -111,8 +109,9 @@ def make(
         spec: its compiled pipeline, from which pods and the order of the steps are read.
         profile: the cluster's; gives GPUs of each pool, their memory and their price.
         samples: training questions; by default what the configuration says, or AVQA has.
-        training_gpus: processes of a training step; by default the profile's, or eight with ZeRO and one without.
-        gpu_memory_gib: of one GPU; by default the profile's, or 80.
+        training_gpus: GPUs of a training step; by default the profile's. It runs in as many processes, unless the
+            configuration says how many; where neither is known, in eight with ZeRO and in one without.
+        gpu_memory_gib: of one GPU of any step; by default that of the step's own pool, or 80.
         price: of one GPU-hour; by default the profile's.
         assume: figures that take the place of assumptions.
 
@@ -143,10 +142,10 @@ class _Planner:
         if samples is not None:
             self.samples["train"] = samples
         pool = profile.pools["training"] if profile else None
-        sharded = config.sft.deepspeed != "none"
-        self.processes = training_gpus or (pool.gpus if pool else 0) or (8 if sharded and not self.miniature else 1)
+        self.training_gpus = training_gpus or (pool.gpus if pool else 0)
         self.on_gpu = not self.miniature and not (profile is not None and profile.build == "cpu")
-        self.gpu_gib = gpu_memory_gib or (pool.gpu_memory_gib if pool else None) or 80.0
+        self.processes = {"sft": self._processes("sft", config.sft), "grpo": self._processes("grpo", config.grpo)}
+        self.gpu_memory_gib = gpu_memory_gib
         self.price = price if price is not None else (profile.gpu_hour_price if profile else None)
         self.sizes = {reference: self._size(reference) for reference in self._references()}
 
@@ -157,9 +156,7 @@ class _Planner:
         needs = self._needs()
         needed = graph.cost(spec, self["pod_s"], lambda component: _of(needs, component))
         memories = self._memories() if self.on_gpu else []
-        for item in memories:
-            if item.gpu_gib > self.gpu_gib:
-                self.warnings.append(f"{item.step} needs {item.gpu_gib:.0f} GiB of a GPU that has {self.gpu_gib:g}.")
+        self.warnings += filter(None, (item.warning() for item in memories))
         self._check_batches()
         disk = self._disk()
         self._check_training_pool(memories, disk)
@@ -174,7 +171,6 @@ class _Planner:
             gpus_at_once=self._gpus_at_once(needs),
             memories=memories,
             disk_gb=disk,
-            gpu_memory_gib=self.gpu_gib if self.on_gpu else None,
             price=self.price,
             assumptions=self.figures,
             warnings=self.warnings,
@@ -188,6 +184,15 @@ class _Planner:
             return AVQA_QUESTIONS[split]
         self.warnings.append(f"The {split} questions are not counted: AVQA's number is taken; say --samples.")
         return AVQA_QUESTIONS[split]
+
+    def _processes(self, step: str, section: SftConfig | GrpoConfig) -> int:
+        """How many processes training starts: as many as the configuration says, or one for each GPU."""
+        gpus = self.training_gpus
+        if section.processes is not None:
+            if self.on_gpu and gpus not in (0, section.processes):
+                self.warnings.append(f"{step}.processes is {section.processes}, but the step gets {gpus} GPUs.")
+            return section.processes
+        return gpus or (8 if section.deepspeed != "none" and not self.miniature else 1)
 
     def _references(self) -> list[str]:
         engines = [e for _, e in self._engines() if e.kind == "vllm"]
@@ -248,44 +253,43 @@ class _Planner:
         return prefill + self[f"{role}_tokens"] / self[f"{role}_tokens_per_s"]
 
     def _sft(self, rows: int) -> Need:
-        section = self.config.sft
-        batch = section.per_device_batch * section.gradient_accumulation * self.processes
+        section, processes = self.config.sft, self.processes["sft"]
+        batch = section.per_device_batch * section.gradient_accumulation * processes
         steps = _steps(rows, section, batch)
-        each = self._step_seconds("sft_s_per_step", batch * self._row_tokens, passes=8.0, offload=section.deepspeed)
+        each = self._step_seconds("sft", batch * self._row_tokens, passes=8.0, offload=section.deepspeed)
         seconds = self["training_start_s"] + steps * each
-        return Need(seconds, 1, self._gpus(self.processes), f"{steps:,} steps of {batch} rows, {each:.1f} s each")
+        gpus = self._gpus(self.training_gpus or processes)
+        return Need(seconds, 1, gpus, f"{steps:,} steps of {batch} rows, {each:.1f} s each")
 
     def _grpo(self, rows: int) -> Need:
-        section = self.config.grpo
-        completions = section.per_device_batch * section.gradient_accumulation * self.processes
+        section, processes = self.config.grpo, self.processes["grpo"]
+        completions = section.per_device_batch * section.gradient_accumulation * processes
         questions = max(1, completions // section.group_size)
         steps = _steps(rows, section, questions)
-        each = self._step_seconds(
-            "grpo_s_per_step", completions * self._row_tokens, passes=10.0, offload=section.deepspeed
-        )
+        each = self._step_seconds("grpo", completions * self._row_tokens, passes=10.0, offload=section.deepspeed)
         if "grpo_s_per_step" not in self.figures:
             # A process generates its whole batch, or one device batch after another.
             each += self["completion_tokens"] * self["generation_s_per_token"] * section.gradient_accumulation
         seconds = self["training_start_s"] + steps * each
         note = f"{steps:,} steps of {questions} questions x {section.group_size} completions, {each:.1f} s each"
-        return Need(seconds, 1, self._gpus(self.processes), note)
+        return Need(seconds, 1, self._gpus(self.training_gpus or processes), note)
 
     @property
     def _row_tokens(self) -> float:
         return 0.0 if self.miniature else self["answer_prompt_tokens"] + self["answer_tokens"]
 
-    def _step_seconds(self, name: str, tokens: float, *, passes: float, offload: str) -> float:
+    def _step_seconds(self, step: str, tokens: float, *, passes: float, offload: str) -> float:
         """Seconds of an optimizer step.
 
         ``passes`` is floating-point operations for each parameter and token: 2 forward, 4 backward, 2 to compute
         activations again, and 2 for a reference model.
         """
-        if name in self.figures:
-            return self[name]
+        if f"{step}_s_per_step" in self.figures:
+            return self[f"{step}_s_per_step"]
         size = self.sizes[self.config.student.model]
         parameters = size.parameters if size else 0.0
         flops = passes * parameters * tokens
-        speed = self.processes * self["peak_tflops"] * 1e12 * self["training_utilisation"]
+        speed = self.processes[step] * self["peak_tflops"] * 1e12 * self["training_utilisation"]
         return flops / speed + (self["offload_step_s"] if offload == "zero2_offload" else 0.0)
 
     # Bytes
@@ -295,13 +299,13 @@ class _Planner:
         for step, engine in self._engines():
             size = self.sizes.get(engine.model)
             if engine.kind == "vllm" and size is not None:
-                found.append(memory.of_engine(step, engine, size, self.gpu_gib, self["engine_workspace_gib"]))
+                found.append(self._engine_memory(step, engine, size))
         size = self.sizes[self.config.student.model]
         if size is None:
             return found
         student = self.config.student
         engine = EngineConfig(model="student", dtype=student.dtype, max_model_len=student.max_model_len)
-        found.append(memory.of_engine("evaluation", engine, size, self.gpu_gib, self["engine_workspace_gib"]))
+        found.append(self._engine_memory("evaluation", engine, size))
         for step, section, reference in (
             ("sft", self.config.sft, False),
             ("grpo", self.config.grpo, self.config.grpo.kl_beta > 0),
@@ -312,13 +316,22 @@ class _Planner:
                     self.config,
                     section,
                     size,
+                    self._gpu_gib(step),
                     tokens=self._row_tokens,
                     reference=reference,
-                    processes=self.processes,
+                    processes=self.processes[step],
                     workspace_gib=self["training_workspace_gib"],
                 )
             )
         return found
+
+    def _engine_memory(self, step: str, engine: EngineConfig, size: ModelSize) -> memory.Memory:
+        return memory.of_engine(step, engine, size, self._gpu_gib(step), self["engine_workspace_gib"])
+
+    def _gpu_gib(self, step: str) -> float:
+        """Memory of one GPU of the pool that a step's pods go to."""
+        pool = self.profile.pool(step) if self.profile else None
+        return self.gpu_memory_gib or (pool.gpu_memory_gib if pool else None) or 80.0
 
     def _disk(self) -> dict[str, float]:
         """GB on the artifact store and the pods' scratch, by what they hold."""
@@ -340,7 +353,7 @@ class _Planner:
 
     def _check_batches(self) -> None:
         grpo = self.config.grpo
-        completions = grpo.per_device_batch * grpo.gradient_accumulation * self.processes
+        completions = grpo.per_device_batch * grpo.gradient_accumulation * self.processes["grpo"]
         if completions % grpo.group_size:
             self.warnings.append(f"grpo: {completions} completions a step are not whole groups of {grpo.group_size}.")
         if self.profile is None or not self.on_gpu:
@@ -370,7 +383,8 @@ class _Planner:
     def _gpus_at_once(self, needs: Mapping[str, Need]) -> int:
         """GPUs of the widest moment: both teachers' shards, or a training step."""
         teachers = needs["vision_teacher"].gpus + needs["audio_teacher"].gpus
-        return max(min(self.config.teachers.parallelism, self.config.teachers.shards) * teachers, needs["grpo"].gpus)
+        training = max(needs["sft"].gpus, needs["grpo"].gpus)
+        return max(min(self.config.teachers.parallelism, self.config.teachers.shards) * teachers, training)
 
 
 def _steps(rows: int, section: SftConfig | GrpoConfig, rows_per_step: int) -> int:

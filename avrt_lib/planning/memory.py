@@ -15,19 +15,35 @@ _OPTIMIZER_BYTES = 12.0
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """GiB of one GPU (and of the host, for a training step with all its processes); None where a model is unknown."""
+    """GiB of one GPU, and of the host for a training step with all its processes.
+
+    Attributes:
+        gpu_gib: what the step needs.
+        of_gib: what the GPU has.
+        room_gib: what the step may use of it.
+    """
 
     step: str
     parts: dict[str, float]
     gpu_gib: float
+    of_gib: float
+    room_gib: float
     host_gib: float = 0.0
     note: str = ""
+
+    def warning(self) -> str | None:
+        """What is to be said where the step does not fit."""
+        if self.gpu_gib <= self.room_gib:
+            return None
+        share = f", {self.room_gib:.1f} with gpu_memory_utilization" if self.room_gib < self.of_gib else ""
+        return f"{self.step} needs {self.gpu_gib:.1f} GiB of a GPU that has {self.of_gib:g}{share}."
 
     def to_json(self) -> dict[str, Any]:
         """Rounded for people."""
         return {
             "step": self.step,
             "gpu_gib": round(self.gpu_gib, 1),
+            "of_gib": self.of_gib,
             "host_gib": round(self.host_gib, 1),
             "parts": {name: round(value, 1) for name, value in self.parts.items()},
             "note": self.note,
@@ -39,11 +55,12 @@ def of_engine(step: str, engine: EngineConfig, size: ModelSize, gpu_gib: float, 
     per_gpu = size.parameters * _engine_bytes(engine.dtype, size) / engine.tensor_parallel_size / GIB
     token = size.layers * size.kv_width * 2 / engine.tensor_parallel_size / GIB
     least = engine.max_model_len * token
-    cache = gpu_gib * engine.gpu_memory_utilization - per_gpu - workspace_gib
+    room = gpu_gib * engine.gpu_memory_utilization
+    cache = room - per_gpu - workspace_gib
     requests = int(cache / least) if cache > 0 else 0
     note = f"cache for {requests} requests of full length" if requests else "no room for one request of full length"
     parts = {"weights": per_gpu, "workspace": workspace_gib, "cache": max(cache, 0.0)}
-    return Memory(step, parts, per_gpu + workspace_gib + least, note=note)
+    return Memory(step, parts, per_gpu + workspace_gib + least, gpu_gib, room, note=note)
 
 
 def of_training(
@@ -51,6 +68,7 @@ def of_training(
     config: Config,
     section: OptimizerConfig,
     size: ModelSize,
+    gpu_gib: float,
     *,
     tokens: float,
     reference: bool,
@@ -64,6 +82,7 @@ def of_training(
         config: whose student is trained.
         section: of that step.
         size: of the student.
+        gpu_gib: memory of one GPU.
         tokens: of one row, prompt and answer.
         reference: a second, frozen copy of the weights stands beside the trained one.
         processes: one for each GPU.
@@ -90,7 +109,7 @@ def of_training(
     loading = 4.0 if lora is None or config.student.dtype == "float32" else 2.0
     copies = 2 if reference else 1
     host = max(_OPTIMIZER_BYTES * trained if offload else 0.0, copies * loading * size.parameters * processes) / GIB
-    return Memory(step, in_gib, sum(in_gib.values()), host)
+    return Memory(step, in_gib, sum(in_gib.values()), gpu_gib, gpu_gib, host)
 
 
 def _engine_bytes(dtype: str, size: ModelSize) -> float:

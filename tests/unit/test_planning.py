@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from avrt_lib.cluster.profile import Profile, load_profile
 from avrt_lib.config import Config, load
 from avrt_lib.errors import UsageError
 from avrt_lib.planning import Plan, graph, make
@@ -162,7 +163,14 @@ def test_every_paper_configuration_fits_its_gpus() -> None:
 
 def test_a_gpu_that_is_too_small_is_said() -> None:
     warnings = plan("avrt-3b-1gpu", gpu_memory_gib=24).warnings
-    assert any(warning.startswith("vision_teacher needs 35 GiB of a GPU that has 24") for warning in warnings)
+    (said,) = [warning for warning in warnings if warning.startswith("vision_teacher needs")]
+    assert said.endswith("GiB of a GPU that has 24, 21.6 with gpu_memory_utilization.")
+
+
+def test_an_engine_must_fit_into_its_share_of_the_gpu() -> None:
+    whole = memory_of("vision_teacher", plan("avrt-3b-1gpu", gpu_memory_gib=48))
+    warnings = plan("avrt-3b-1gpu", gpu_memory_gib=whole.gpu_gib + 0.1).warnings
+    assert any(warning.startswith("vision_teacher needs") for warning in warnings)
 
 
 def test_groups_that_do_not_fill_a_step_are_said() -> None:
@@ -197,10 +205,18 @@ def test_a_pinned_model_is_known_by_the_name_under_which_it_was_published() -> N
     assert size_of(f"s3://avrt/models/qwen2.5-omni-7b/{'a' * 64}") == KNOWN["Qwen/Qwen2.5-Omni-7B"]
 
 
-def test_the_profile_gives_gpus_memory_and_price() -> None:
-    from avrt_lib.cluster.profile import load_profile
-
-    profile = load_profile(ROOT / "configs" / "clusters" / "onprem-h100.yaml")
+def test_the_profile_gives_gpus_and_the_memory_of_each_steps_pool() -> None:
+    profile = load_profile(ROOT / "configs" / "clusters" / "gke.yaml")
     made = plan(profile=profile)
     assert made.needs["sft"].gpus == profile.pools["training"].gpus
-    assert made.gpu_memory_gib == profile.pools["training"].gpu_memory_gib
+    assert {item.step: item.of_gib for item in made.memories} == {
+        item.step: profile.pool(item.step).gpu_memory_gib for item in made.memories
+    }
+    assert memory_of("merger", made).of_gib < memory_of("sft", made).of_gib
+
+
+def test_a_teacher_that_its_own_pool_cannot_hold_is_said() -> None:
+    document = load_profile(ROOT / "configs" / "clusters" / "onprem-h100.yaml").model_dump()
+    document["pools"]["teacher"]["gpu_memory_gib"] = 24
+    said = [warning for warning in plan(profile=Profile.model_validate(document)).warnings if "of a GPU" in warning]
+    assert [warning.split()[0] for warning in said] == ["vision_teacher"]
