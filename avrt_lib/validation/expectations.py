@@ -108,7 +108,7 @@ def suite(config: Config) -> list[Expectation]:
         ),
         _expect(
             gxe.ExpectTableRowCountToBeBetween,
-            "give more training questions, or lower validation.minimum_rows",
+            f"{limits.minimum_rows} are needed: give more training questions, or lower validation.minimum_rows",
             min_value=limits.minimum_rows,
         ),
         _expect(
