@@ -238,12 +238,11 @@ def _begin(uri: str, instance: str, settings: Config) -> tuple[StepRun | None, b
 @contextlib.contextmanager
 def _finishing(run: StepRun) -> Iterator[None]:
     """End the run as what the block ends as."""
-    status = "FAILED"
+    status = "FINISHED"
     try:
         yield
-        status = "FINISHED"
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
         raise
     finally:
         run.flush()

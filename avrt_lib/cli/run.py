@@ -98,6 +98,7 @@ def compile_file(
     pipeline: str,
     cluster: Path | None,
     kubernetes: bool,
+    data_hash: str | None = None,
 ) -> None:
     """Compile a pipeline of a configuration into a file.
 
@@ -108,6 +109,7 @@ def compile_file(
         pipeline: which pipeline.
         cluster: the profile of the cluster that it is for.
         kubernetes: write Kubernetes objects.
+        data_hash: what tells the source data from other data; None takes the fingerprint of what this machine sees.
 
     Raises:
         UsageError: where the file's name does not end in .yaml.
@@ -122,6 +124,8 @@ def compile_file(
         options += ["--cluster", str(cluster.absolute())]
     if kubernetes:
         options.append("--kubernetes")
+    if data_hash:
+        options += ["--data-hash", data_hash]
     folder = Path(tempfile.mkdtemp(prefix="avrt-compile-"))
     try:
         write_config(folder / "config.yaml", config)
@@ -134,13 +138,17 @@ def rebuild_report(runs_dir: Path, name: str) -> Path:
     """Write a run's summary and report again, print the result, and return the report's path.
 
     The failure of a run that was stopped from outside is kept: no step's report knows of it.
+
+    Raises:
+        UsageError: where there is no such run, or it is still going on: it would look like one that was interrupted.
     """
     from avrt_lib.report import summary as summaries
     from avrt_lib.report.html import write_report
 
     folder = find(runs_dir.expanduser().absolute(), name)
-    earlier = read_json(folder.summary_file).get("failure") if folder.summary_file.exists() else None
-    summary = summaries.write(folder.path, earlier)
-    write_report(folder.path)
+    with folder.locked():
+        earlier = read_json(folder.summary_file).get("failure") if folder.summary_file.exists() else None
+        summary = summaries.write(folder.path, earlier)
+        write_report(folder.path)
     _show_result(folder, summary, runs_dir.expanduser().absolute())
     return folder.report_file

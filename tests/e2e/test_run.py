@@ -139,7 +139,38 @@ def test_the_run_folder_is_complete(whole: tuple[Path, dict[str, Any], str]) -> 
     run = whole[0]
     for name in ("config.yaml", "pipeline.yaml", "summary.json", "report.html", "logs/grpo.log", "logs/pipeline.log"):
         assert (run / name).stat().st_size > 0, name
-    assert (run.parent / "mlflow.db").exists()
+
+
+def test_mlflow_has_the_run_and_each_step_below_it(whole: tuple[Path, dict[str, Any], str]) -> None:
+    from mlflow import MlflowClient
+
+    run = whole[0]
+    uri = f"sqlite:///{run.parent / 'mlflow.db'}"
+    client = MlflowClient(uri, uri)
+    experiment = client.get_experiment_by_name("avrt")
+    assert experiment is not None
+    found = {each.info.run_name: each for each in client.search_runs([experiment.experiment_id])}
+    parent = found.pop(run.name)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["sft.max_steps"] == str(BUDGET["sft.max_steps"])
+    assert {each.path for each in client.list_artifacts(parent.info.run_id)} == {"summary.json", "report.html"}
+    assert found.keys() == read_reports(run / "work").keys()
+    for name, child in found.items():
+        assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id, name
+        assert child.info.status == "FINISHED", name
+        assert child.data.params, name
+    assert found["grpo"].data.params["grpo.max_steps"] == str(BUDGET["grpo.max_steps"])
+    documents = {
+        "preflight": "checks/checks.json",
+        "data_validation": "report/validation.json",
+        "grpo": "model/manifest.json",
+        "evaluation-sft": "predictions/metrics.json",
+        "promotion": "champion/champion.json",
+        "deployment": "check/check.json",
+    }
+    for name, document in documents.items():
+        listed = client.list_artifacts(found[name].info.run_id, document.partition("/")[0])
+        assert document in {each.path for each in listed}, name
 
 
 def test_the_end_says_what_came_out(whole: tuple[Path, dict[str, Any], str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from mlflow import MlflowClient
 from avrt_lib import local_run, tracking
 from avrt_lib.config import load
 from avrt_lib.errors import StoreError
+from avrt_lib.run_signals import Interrupted
 from avrt_lib.runs import create
 
 CONFIG = load(Path(__file__).parents[2] / "configs/miniature.yaml", {"store.kind": "local"})
@@ -92,6 +94,10 @@ def test_a_failed_step_is_marked_and_goes_on_in_its_run(parent: str, client: Mlf
     assert first is not None
     assert client.get_run(first.run_id).info.status == "FAILED"
     assert attached(client, first.run_id) == {"report/validation.json"}
+    with pytest.raises(Interrupted), tracking.step_run(*step) as stopped:
+        raise Interrupted(signal.SIGTERM)
+    assert stopped is not None
+    assert client.get_run(stopped.run_id).info.status == "KILLED"
     with tracking.step_run(*step) as second:
         assert second is not None
         assert second.run_id == first.run_id
@@ -159,7 +165,9 @@ def test_a_run_that_the_caller_made_is_the_parent_and_is_left_open(
         pod.delenv("MLFLOW_RUN_ID")
         for name, value in environment.items():
             pod.setenv(name, value)
-        with tracking.step_run("evaluation-base", CONFIG) as one, tracking.step_run("evaluation-sft", CONFIG) as other:
+        with tracking.step_run("evaluation-base", CONFIG) as one:
+            pass
+        with tracking.step_run("evaluation-sft", CONFIG) as other:
             pass
     assert one is not None
     assert other is not None

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from avrt_lib.cli.results import show_summary
+from avrt_lib.cli.run import rebuild_report
+from avrt_lib.config import load
+from avrt_lib.errors import UsageError
+from avrt_lib.runs import create
 
 
 def shown(*kinds: str) -> str:
@@ -42,3 +47,13 @@ def test_no_figure_and_no_kind_is_cut_off_in_80_columns(kinds: tuple[str, ...]) 
         assert kind in text
     assert text.count("62.5") == 3 * len(kinds)
     assert text.count("25.0–75.0") == 3
+
+
+def test_a_run_that_is_going_on_is_not_reported_as_interrupted(tmp_path: Path) -> None:
+    folder = create(tmp_path, load(Path(__file__).parents[2] / "configs" / "miniature.yaml"))
+    with folder.locked(), pytest.raises(UsageError, match="still going on"):
+        rebuild_report(tmp_path, folder.path.name)
+    assert not folder.summary_file.exists()
+    assert not folder.report_file.exists()
+    rebuild_report(tmp_path, folder.path.name)
+    assert folder.report_file.exists()

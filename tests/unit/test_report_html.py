@@ -192,6 +192,11 @@ def test_report_shows_the_verdict_and_each_part(run_dir: Path) -> None:
     assert tags.count("audio") == 5
 
 
+def test_the_champions_hash_is_named_for_what_it_is(run_dir: Path) -> None:
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    assert re.search(r"content SHA-256, as its manifest lists it</dt>\s*<dd[^>]*>ab12</dd>", text)
+
+
 def test_report_loads_and_runs_nothing(run_dir: Path) -> None:
     for tag, attributes in _parse(write_report(run_dir)).tags:
         assert tag not in ("script", "link", "iframe", "object", "base")
