@@ -221,7 +221,12 @@ class OptimizerConfig(Section):
     deepspeed: Literal["none", "zero2", "zero2_offload"] = _sourced("zero2_offload", PAPER)
     save_every_steps: int = Field(50, ge=1)
     logging_every_steps: int = Field(5, ge=1)
-    threads: int | None = Field(None, ge=1, description="CPU threads of the training process; None: all cores")
+    processes: int | None = Field(
+        None, ge=1, description="of one machine; None: one for each visible GPU, and one where there is none"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of a training process; None: its share of the cores"
+    )
 
 
 class SftConfig(OptimizerConfig):

@@ -84,7 +84,7 @@ def _targets(config: Config) -> Check:
 
 
 def _gpus(config: Config, profile: Profile) -> Iterator[Check]:
-    """CUDA builds of vLLM start on GPUs alone, and on as many as they are told."""
+    """CUDA builds of vLLM start on GPUs alone, and on as many as they are told; so do several training processes."""
     if profile.build != "cuda":
         return
     needed: dict[str, tuple[Role, int]] = {
@@ -94,14 +94,17 @@ def _gpus(config: Config, profile: Profile) -> Iterator[Check]:
     }
     if config.evaluation.endpoint is None:
         needed["evaluation"] = ("evaluation", 1)
+    training = {"sft": config.sft.processes or 1, "grpo": config.grpo.processes or 1}
+    needed |= {name: ("training", processes) for name, processes in training.items() if processes > 1}
     for name, (role, gpus) in needed.items():
         offered = profile.pools[role].gpus
+        key = "processes" if name in training else "tensor_parallel_size"
         if gpus > offered:
             yield Check(
                 f"GPUs {name}",
                 FAILED,
                 f"it runs on {gpus}, but a pod of pools.{role} gets {offered}",
-                f"set pools.{role}.gpus to {gpus}" + (f", or {name}.tensor_parallel_size lower" if gpus > 1 else ""),
+                f"set pools.{role}.gpus to {gpus}" + (f", or {name}.{key} lower" if gpus > 1 else ""),
             )
 
 
