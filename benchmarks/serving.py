@@ -310,9 +310,8 @@ def compare(concurrency: int, avrt: Sequence[Result], bare: Sequence[Result]) ->
 
 def show(lines: Sequence[Line], title: str) -> None:
     """The same figures for people."""
+    from rich.console import Console
     from rich.table import Table
-
-    from avrt_lib.cli.console import err
 
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for line in lines:
@@ -320,10 +319,12 @@ def show(lines: Sequence[Line], title: str) -> None:
         spread = f" ({line['low']:.3g}–{line['high']:.3g})" if "low" in line else ""
         rows.setdefault((level, what), {"unit": line["unit"]})[column] = f"{line['value']:.3g}{spread}"
     columns = ("unit", *SERVERS, "ratio")
-    table = Table("", "", *columns, title=title)
-    for place, cells in rows.items():
-        table.add_row(*place, *(cells.get(column, "") for column in columns))
-    err.print(table)
+    table = Table("concurrency", "", *columns, title=title, box=None)
+    for (level, what), cells in rows.items():
+        table.add_row(level.removeprefix("concurrency_"), what, *(cells.get(column, "") for column in columns))
+    console = Console(stderr=True)
+    console.width = max(console.width, 110)
+    console.print(table)
 
 
 if __name__ == "__main__":
