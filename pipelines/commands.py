@@ -7,6 +7,7 @@ pipelines. What needs kfp or kubernetes is imported when a command runs.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,6 +64,8 @@ def _debug(value: bool) -> bool:
     return value
 
 
+#: How long secrets, a store and an MLflow that are only just coming up are waited for, and how often they are asked.
+COMING_UP_S, LOOK_EVERY_S = 180.0, 5.0
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_debug, is_eager=True)]
 
 EPILOG_SUBMIT = """
@@ -420,7 +423,8 @@ def _order(
 def _check(order: Order, profile: Profile) -> None:
     """Look at the cluster before a run is made on it.
 
-    Whoever submits may see the backend only: then nothing is checked from here, and the run's first step does it.
+    Whoever submits may see the backend only: then nothing is checked from here, and the run's first step does it. What
+    `kubectl apply` has only just made is waited for, as long as nothing else is wrong.
 
     Raises:
         EnvironmentProblem: where something that the run needs is missing; what it is has been printed.
@@ -429,7 +433,17 @@ def _check(order: Order, profile: Profile) -> None:
     from avrt_lib.preflight.checks import FAILED, WARNING, licence_checks
     from avrt_lib.preflight.cluster import CLUSTER, cluster_checks
 
-    found = [*cluster_checks(order.config, profile), *licence_checks(order.config)]
+    deadline, said = time.monotonic() + COMING_UP_S, ""
+    while True:
+        found = [*cluster_checks(order.config, profile), *licence_checks(order.config)]
+        failed = [check for check in found if check.status == FAILED]
+        if not failed or not all(check.coming_up for check in failed) or time.monotonic() >= deadline:
+            break
+        waiting = ", ".join(check.name for check in failed)
+        if waiting != said:
+            err.print(f"Waiting for {waiting} (up to {COMING_UP_S:.0f} s) …", soft_wrap=True)
+        said = waiting
+        time.sleep(LOOK_EVERY_S)
     unseen = next((check for check in found if check.name == CLUSTER and check.status == FAILED), None)
     if unseen:
         err.print(f"The cluster is not looked at from here ({unseen.found}); the run's first step does it.")

@@ -27,7 +27,7 @@ def run(config: Config, *, workspace: Workspace, checks: Path) -> dict[str, Any]
     Args:
         config: the run's configuration.
         workspace: where the step works; the disk below it is checked.
-        checks: output folder; gets ``checks.json``, a list of ``{name, status, found, mend}``.
+        checks: output folder; gets ``checks.json``, a list of ``{name, status, found, mend, coming_up}``.
 
     Returns:
         Facts: how many checks passed, warned and failed, and what the warnings say.

@@ -42,12 +42,14 @@ class Check:
     """One result, and what to do where it is not ok.
 
     ``status`` is ``ok``, ``warning``, ``failed`` (the run is impossible so) or ``not checked`` (``found`` says why).
+    ``coming_up``: it failed, but what was asked may only just have been started, and is worth asking again.
     """
 
     name: str
     status: str
     found: str
     mend: str = ""
+    coming_up: bool = False
 
     def line(self) -> str:
         """The result as one sentence."""

@@ -1,18 +1,21 @@
 """What a run needs of a cluster, looked for before a GPU is asked for.
 
 The same checks run in the first step's pod and on the machine of whoever submits. Neither may read everything: what
-cannot be seen from there is ``not checked``, with the reason. All of it together takes less than a minute.
+cannot be seen from there is ``not checked``, with the reason. All of it together takes less than a minute, or two
+where a store or an MLflow that is still starting is waited for.
 """
 
 from __future__ import annotations
 
 import base64
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -31,6 +34,9 @@ _KSERVE = "serving.kserve.io"
 _KUEUE = "kueue.x-k8s.io"
 _GATEWAY = "gateway.networking.k8s.io"
 _ARGO_SETTINGS = "workflow-controller-configmap"
+#: Annotation of a Job: the secrets that it makes, as NAMESPACE/NAME (manifests/components/credentials).
+MAKES_SECRETS = "avrt/makes-secrets"
+_SERVICE_ADDRESS = re.compile(r"(?P<name>[a-z0-9-]+)\.(?P<namespace>[a-z0-9-]+)\.svc(\..*)?")
 
 
 def cluster_checks(config: Config, profile: Profile) -> list[Check]:
@@ -43,7 +49,7 @@ def cluster_checks(config: Config, profile: Profile) -> list[Check]:
     Returns:
         The checks; one that ``failed`` makes the run impossible. No secret's value is in any of them.
     """
-    from avrt_lib.preflight.services import manifests_check, store_check, tracking_check
+    from avrt_lib.preflight import services
 
     inside = VARIABLE in os.environ
     variables = {name for keys in secret_variables(profile).values() for name in keys.values()}
@@ -60,6 +66,7 @@ def cluster_checks(config: Config, profile: Profile) -> list[Check]:
         for part in (
             _secrets(cluster, config, profile, credentials),
             _objects(cluster, profile),
+            _services(cluster, profile),
             _serving(cluster, config, profile),
             _kueue(cluster, profile),
             _retries(cluster, profile),
@@ -67,12 +74,14 @@ def cluster_checks(config: Config, profile: Profile) -> list[Check]:
             _pools(cluster, profile),
         ):
             checks += part
-    checks.append(store_check(config, profile, credentials.get(profile.store.secret), inside=inside))
+    deadline = time.monotonic() + (services.COMING_UP_S if inside else 0.0)
+    key = credentials.get(profile.store.secret)
+    checks.append(services.until_up(lambda: services.store_check(config, profile, key, inside=inside), deadline))
     if config.deployment.target == "git" and inside:
-        checks.append(manifests_check(config))
-    if profile.tracking:
-        login = credentials.get(profile.tracking.secret or "")
-        checks.append(tracking_check(profile.tracking, login, inside=inside))
+        checks.append(services.manifests_check(config))
+    if tracking := profile.tracking:
+        login = credentials.get(tracking.secret or "")
+        checks.append(services.until_up(lambda: services.tracking_check(tracking, login, inside=inside), deadline))
     return checks
 
 
@@ -108,6 +117,8 @@ class Cluster:
         self.core = client.CoreV1Api(api)
         self.objects = client.CustomObjectsApi(api)
         self.rights = client.AuthorizationV1Api(api)
+        self.batch = client.BatchV1Api(api)
+        self.discovery = client.DiscoveryV1Api(api)
         self._api_groups = client.ApisApi(api)
         self._groups: dict[str, str] | None = None
         self._deadline = time.monotonic() + TIME_LIMIT_S
@@ -184,6 +195,7 @@ def _secrets(
     needed = secret_variables(profile)
     if config.deployment.target != "kserve" and profile.api_key_secret not in (None, *profile.secret_env):
         needed.pop(str(profile.api_key_secret))
+    being_made = _being_made(cluster, config)  # asked first: what ends in between has made them
     for secret, keys in needed.items():
         label = f"Secret {secret}"
         literals = " ".join(f"--from-literal={key}=…" for key in keys)
@@ -192,6 +204,11 @@ def _secrets(
             found = cluster.ask(cluster.core.read_namespaced_secret, secret, namespace)
         except NotSeen as reason:
             yield _unseen_secret(label, keys, inside=cluster.inside, reason=str(reason))
+            continue
+        if found is None and f"{namespace}/{secret}" in being_made:
+            where = config.deployment.namespace
+            mend = f"look at it: kubectl --namespace {where} get jobs,pods,events"
+            yield Check(label, FAILED, f"is not in {namespace} yet; a Job in {where} makes it", mend, coming_up=True)
             continue
         if found is None:
             yield Check(label, FAILED, f"is not in {namespace}; its keys are {', '.join(keys)}", mend)
@@ -204,6 +221,20 @@ def _secrets(
             yield Check(label, FAILED, found, f"add it: {', '.join(missing)}")
         else:
             yield Check(label, OK, f"in {namespace}, with {', '.join(keys)}")
+
+
+def _being_made(cluster: Cluster, config: Config) -> set[str]:
+    """The secrets, as NAMESPACE/NAME, that a Job which has not ended says it makes."""
+    try:
+        jobs = cluster.ask(cluster.batch.list_namespaced_job, config.deployment.namespace).items
+    except NotSeen:
+        return set()
+    return {
+        place
+        for job in jobs
+        if not any(each.type in ("Complete", "Failed") for each in job.status.conditions or [])
+        for place in (job.metadata.annotations or {}).get(MAKES_SECRETS, "").split()
+    }
 
 
 def _unseen_secret(label: str, keys: Mapping[str, str], *, inside: bool, reason: str) -> Check:
@@ -230,7 +261,7 @@ def _objects(cluster: Cluster, profile: Profile) -> Iterator[Check]:
         wanted.append(_Wanted(f"Image pull secret {secret}", core.read_namespaced_secret, secret, namespace, mend))
     if profile.store.ca_config_map:
         name = profile.store.ca_config_map
-        mend = f"kubectl --namespace {namespace} create configmap {name} --from-file=ca.crt"
+        mend = f"kubectl --namespace {namespace} create configmap {name} --from-file={profile.store.ca_key}"
         wanted.append(_Wanted(f"Config map {name}", core.read_namespaced_config_map, name, namespace, mend))
     for volume in profile.volumes:
         wanted.append(
@@ -252,10 +283,43 @@ def _objects(cluster: Cluster, profile: Profile) -> Iterator[Check]:
             yield Check(each.label, FAILED, f"is not in {each.namespace}", each.mend)
         elif each.label.startswith("Claim") and found.status.phase == "Lost":
             yield Check(each.label, FAILED, "has lost its volume", each.mend)
-        elif each.label.startswith("Config map") and not (found.data or {}).get("ca.crt"):
-            yield Check(each.label, FAILED, f"in {each.namespace} has no ca.crt", each.mend)
+        elif each.label.startswith("Config map") and not (found.data or {}).get(profile.store.ca_key):
+            yield Check(each.label, FAILED, f"in {each.namespace} has no {profile.store.ca_key}", each.mend)
         else:
             yield Check(each.label, OK, f"in {each.namespace}")
+
+
+def _services(cluster: Cluster, profile: Profile) -> Iterator[Check]:
+    """Whether pods stand behind the store's and MLflow's addresses, where these are Services of the cluster.
+
+    A pod of the run asks them itself.
+    """
+    hosts = [urlsplit(f"//{profile.store.endpoint}").hostname]
+    hosts += [urlsplit(profile.tracking.uri).hostname] if profile.tracking else []
+    for address in () if cluster.inside else filter(None, (_SERVICE_ADDRESS.fullmatch(host or "") for host in hosts)):
+        name, namespace = address["name"], address["namespace"]
+        label, of_service = f"Service {name}", f"kubernetes.io/service-name={name}"
+        try:
+            service = cluster.ask(cluster.core.read_namespaced_service, name, namespace)
+            slices = cluster.ask(
+                cluster.discovery.list_namespaced_endpoint_slice, namespace, label_selector=of_service
+            ).items
+        except NotSeen as reason:
+            yield Check(label, UNKNOWN, f"in {namespace}: {reason}")
+            continue
+        ready = any(
+            endpoint.conditions is None or endpoint.conditions.ready is not False
+            for each in slices
+            for endpoint in each.endpoints or []
+        )
+        if service is None:
+            mend = "apply an overlay of manifests, or correct the address in the profile"
+            yield Check(label, FAILED, f"is not in {namespace}", mend)
+        elif not ready and service.spec.type != "ExternalName":
+            mend = f"look at them: kubectl --namespace {namespace} get pods,events"
+            yield Check(label, FAILED, f"has no pod in {namespace} that is ready", mend, coming_up=True)
+        else:
+            yield Check(label, OK, f"in {namespace}")
 
 
 def _serving(cluster: Cluster, config: Config, profile: Profile) -> Iterator[Check]:

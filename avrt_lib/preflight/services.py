@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,12 +21,29 @@ from avrt_lib.preflight.fit import ENGINE_ROLES
 from avrt_lib.store.objects import S3Settings, default_bucket, read_object
 from avrt_lib.tables import MANIFEST
 
+log = logging.getLogger("avrt.preflight")
+
 GIB = 1024**3
+#: How long a pod of the run waits for the store and MLflow together, and how often it asks: both may just be starting.
+COMING_UP_S, ASK_EVERY_S = 90.0, 5.0
 _PROBE = "preflight/probe"
 #: Codes of S3 that mean the key itself, not what it may do.
 _UNKNOWN_KEY = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken")
 _LOGIN = ("username", "password")
 _ELSEWHERE = "is an address inside of the cluster; the run's first step asks it"
+
+
+def until_up(ask: Callable[[], Check], deadline: float) -> Check:
+    """Ask until the answer is another than that something is coming up, or until the deadline.
+
+    Args:
+        ask: makes the check.
+        deadline: by ``time.monotonic()``.
+    """
+    while (check := ask()).coming_up and time.monotonic() < deadline:
+        log.info("%s: %s; it is asked again", check.name, check.found)
+        time.sleep(ASK_EVERY_S)
+    return check
 
 
 def store_check(config: Config, profile: Profile, secret: Mapping[str, str] | None, *, inside: bool) -> Check:
@@ -51,10 +70,10 @@ def store_check(config: Config, profile: Profile, secret: Mapping[str, str] | No
         return Check(label, UNKNOWN, f"{access.endpoint} has its own CA: set AVRT_S3_CA_FILE to ask it from here")
     else:
         settings = S3Settings(access.endpoint, access.secure, secret["access_key"], secret["secret_key"], access.region)
-    return _probe(config, profile, settings, make=inside)
+    return _probe(config, profile, settings, inside=inside)
 
 
-def _probe(config: Config, profile: Profile, settings: S3Settings, *, make: bool) -> Check:
+def _probe(config: Config, profile: Profile, settings: S3Settings, *, inside: bool) -> Check:
     import urllib3
     from minio.error import MinioException, S3Error
 
@@ -66,7 +85,7 @@ def _probe(config: Config, profile: Profile, settings: S3Settings, *, make: bool
         for bucket in dict.fromkeys((config.store.bucket, default_bucket())):
             read_object(connection, bucket, _PROBE)  # the next call has no body, in which a wrong key would be told
             if not connection.bucket_exists(bucket):
-                if not make:
+                if not inside:
                     return Check(label, WARNING, f"there is no {bucket} at {at} yet", "the run makes it, if it may")
                 connection.make_bucket(bucket)
             connection.put_object(bucket, _PROBE, io.BytesIO(b"avrt"), 4)
@@ -82,7 +101,7 @@ def _probe(config: Config, profile: Profile, settings: S3Settings, *, make: bool
         return Check(label, FAILED, f"{bucket} at {at}: {error.code} {error.message}", "look at the object store")
     except (MinioException, urllib3.exceptions.HTTPError) as error:
         mend = "start the object store, or correct store.endpoint and store.secure of the profile"
-        return Check(label, FAILED, f"{at} cannot be reached ({_line(error)})", mend)
+        return Check(label, FAILED, f"{at} cannot be reached ({_line(error)})", mend, coming_up=inside)
 
 
 def _models(config: Config, profile: Profile, connection: Any) -> Check | None:
@@ -134,12 +153,13 @@ def tracking_check(tracking: TrackingAccess, secret: Mapping[str, str] | None, *
         )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         mend = "start it, or correct tracking.uri of the profile; no champion can be registered without it"
-        return Check(label, FAILED, f"{uri} cannot be reached ({_line(error)})", mend)
+        return Check(label, FAILED, f"{uri} cannot be reached ({_line(error)})", mend, coming_up=inside)
     if answer.status_code in (401, 403):
         mend = f"correct username and password of the secret {tracking.secret}"
         return Check(label, FAILED, f"{uri} refuses the credentials ({answer.status_code})", mend)
     if answer.status_code != 200:
-        return Check(label, FAILED, f"{uri} answers {answer.status_code}", "is tracking.uri the address of MLflow?")
+        mend, starting = "is tracking.uri the address of MLflow?", inside and answer.status_code >= 500
+        return Check(label, FAILED, f"{uri} answers {answer.status_code}", mend, coming_up=starting)
     return Check(label, OK, uri)
 
 

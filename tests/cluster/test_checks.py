@@ -15,8 +15,10 @@ from kubernetes import client, utils
 
 from avrt_lib.cluster.profile import Profile, load_profile
 from avrt_lib.config import Config, load
+from avrt_lib.preflight import services
 from avrt_lib.preflight.checks import Check
 from avrt_lib.preflight.cluster import cluster_checks
+from scripts.manifest_policies import MAKES_SECRETS
 from tests.cluster import gateway
 from tests.cluster.simulated import wait_for
 
@@ -34,6 +36,7 @@ PASSWORD = "correct horse battery staple"
 def _no_login(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AVRT_S3_ENDPOINT", "MLFLOW_TRACKING_USERNAME", "AVRT_CLUSTER_PROFILE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(services, "COMING_UP_S", 0.0)
 
 
 @pytest.fixture
@@ -185,6 +188,46 @@ def test_secrets_are_complete_or_named(core: client.CoreV1Api, namespace: str, p
     checks = found(profile)
     assert checks["Secret avrt-mlflow"].status == "ok"
     assert checks["Secret avrt-store"].found.endswith("has no secret_key")
+
+
+def test_a_secret_that_a_job_is_about_to_make_is_coming_up(
+    core: client.CoreV1Api, namespace: str, profile: Profile
+) -> None:
+    jobs = client.BatchV1Api()
+    container = client.V1Container(name="c", image="avrt/pipeline:none")
+    pod = client.V1PodTemplateSpec(spec=client.V1PodSpec(containers=[container], restart_policy="Never"))
+    metadata = client.V1ObjectMeta(name="credentials", annotations={MAKES_SECRETS: f"{namespace}/avrt-store"})
+    job = client.V1Job(metadata=metadata, spec=client.V1JobSpec(template=pod, suspend=True))
+    jobs.create_namespaced_job(namespace, job)
+    checks = found(profile)
+    assert checks["Secret avrt-store"].status == "failed"
+    assert checks["Secret avrt-store"].coming_up
+    assert not checks["Secret avrt-mlflow"].coming_up, "no Job makes it"
+    jobs.delete_namespaced_job("credentials", namespace, propagation_policy="Background")
+    assert wait_for(lambda: not found(profile)["Secret avrt-store"].coming_up, 10)
+
+
+def test_the_store_has_a_pod_that_is_ready(core: client.CoreV1Api, namespace: str, profile: Profile) -> None:
+    inner = changed(profile, store={"endpoint": f"avrt-store.{namespace}.svc.cluster.local:8333"})
+    check = found(inner)["Service avrt-store"]
+    assert (check.status, check.coming_up) == ("failed", False)
+    port = client.V1ServicePort(port=8333)
+    service = client.V1Service(metadata=client.V1ObjectMeta(name="avrt-store"), spec=client.V1ServiceSpec(ports=[port]))
+    core.create_namespaced_service(namespace, service)
+    for ready, expected in ((None, ("failed", True)), (False, ("failed", True)), (True, ("ok", False))):
+        if ready is not None:
+            _set_endpoint(namespace, ready=ready)
+        check = found(inner)["Service avrt-store"]
+        assert (check.status, check.coming_up) == expected
+
+
+def _set_endpoint(namespace: str, *, ready: bool) -> None:
+    slices = client.DiscoveryV1Api()
+    endpoint = client.V1Endpoint(addresses=["10.0.0.1"], conditions=client.V1EndpointConditions(ready=ready))
+    metadata = client.V1ObjectMeta(name=f"store-{ready}".lower(), labels={"kubernetes.io/service-name": "avrt-store"})
+    slices.create_namespaced_endpoint_slice(
+        namespace, client.V1EndpointSlice(metadata=metadata, address_type="IPv4", endpoints=[endpoint])
+    )
 
 
 def test_the_api_key_matters_only_where_a_model_is_served(profile: Profile) -> None:

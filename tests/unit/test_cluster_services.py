@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import http.server
+import socket
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ from typing import Any
 import pytest
 
 from avrt_lib import store
-from avrt_lib.cluster.profile import Profile, TrackingAccess, load_profile
+from avrt_lib.cluster.profile import VARIABLE, Profile, TrackingAccess, load_profile
 from avrt_lib.config import Config, load
 from avrt_lib.models import write_manifest
+from avrt_lib.preflight import services
+from avrt_lib.preflight.cluster import cluster_checks
 from avrt_lib.preflight.services import manifests_check, store_check, tracking_check
 from avrt_lib.store import LocalObjectServer
 
@@ -59,12 +63,14 @@ def test_wrong_credentials_name_the_secret_and_stay_unsaid(in_pod: pytest.Monkey
     assert "refuses the credentials" in check.found
     assert "avrt-store" in check.mend
     assert "hunter2" not in check.line()
+    assert not check.coming_up
 
 
 def test_a_store_that_is_away(in_pod: pytest.MonkeyPatch) -> None:
     in_pod.setenv("AVRT_S3_ENDPOINT", "127.0.0.1:1")
     check = store_check(config(), profile(), None, inside=True)
     assert (check.status, "cannot be reached" in check.found) == ("failed", True)
+    assert check.coming_up, "it may only just have been started"
 
 
 def test_a_pod_without_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +90,8 @@ def test_from_outside_the_store_is_asked_with_the_secret(server: LocalObjectServ
     assert store_check(config(), outside, None, inside=False).status == "not checked"
     inner = profile("avrt-store.avrt.svc.cluster.local:8333")
     assert store_check(config(), inner, secret, inside=False).status == "not checked"
+    away = store_check(config(), profile("127.0.0.1:1"), secret, inside=False)
+    assert (away.status, away.coming_up) == ("failed", False)
 
 
 def test_models_must_be_there_and_fit_on_the_disk(in_pod: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -106,7 +114,8 @@ class _Tracking(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         known = self.headers["Authorization"] == "Basic dTpw"  # u:p
-        self.send_response(401 if not known else 200 if self.path.startswith("/api/2.0/mlflow/experiments") else 404)
+        answers = {"api": 200, "starting": 503}
+        self.send_response(answers.get(self.path.split("/")[1], 404) if known else 401)
         self.end_headers()
         self.wfile.write(b"{}")
 
@@ -123,20 +132,27 @@ def tracking() -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    ("login", "path", "status"),
+    ("login", "path", "status", "coming_up"),
     [
-        ({"username": "u", "password": "p"}, "", "ok"),
-        ({"username": "u", "password": "x"}, "", "failed"),
-        ({"username": "u", "password": "p"}, "/wrong", "failed"),
-        (None, "", "not checked"),
+        ({"username": "u", "password": "p"}, "", "ok", False),
+        ({"username": "u", "password": "x"}, "", "failed", False),
+        ({"username": "u", "password": "p"}, "/wrong", "failed", False),
+        ({"username": "u", "password": "p"}, "/starting", "failed", True),
+        (None, "", "not checked", False),
     ],
 )
 def test_mlflow_is_asked_as_promotion_will(
-    tracking: str, monkeypatch: pytest.MonkeyPatch, login: dict[str, str] | None, path: str, status: str
+    tracking: str,
+    monkeypatch: pytest.MonkeyPatch,
+    login: dict[str, str] | None,
+    path: str,
+    status: str,
+    coming_up: bool,
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_USERNAME", raising=False)
     access = TrackingAccess(uri=tracking + path, secret="avrt-mlflow")
-    assert tracking_check(access, login, inside=True).status == status
+    check = tracking_check(access, login, inside=True)
+    assert (check.status, check.coming_up) == (status, coming_up)
 
 
 def test_mlflow_that_is_away() -> None:
@@ -144,6 +160,56 @@ def test_mlflow_that_is_away() -> None:
     assert (check.status, "cannot be reached" in check.found) == ("failed", True)
     inner = TrackingAccess(uri="http://avrt-mlflow.avrt.svc.cluster.local:5000")
     assert tracking_check(inner, None, inside=False).status == "not checked"
+
+
+@pytest.fixture
+def first_pod(in_pod: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of a run's first pod, with a login for MLflow, and short waits."""
+    in_pod.setenv("KUBECONFIG", "/nonexistent")
+    in_pod.setenv(VARIABLE, "{}")
+    in_pod.setenv("MLFLOW_TRACKING_USERNAME", "u")
+    in_pod.setenv("MLFLOW_TRACKING_PASSWORD", "p")
+    in_pod.setattr(services, "ASK_EVERY_S", 0.1)
+    return in_pod
+
+
+def with_tracking(uri: str) -> Profile:
+    return Profile.model_validate(profile().model_dump() | {"tracking": {"uri": uri, "secret": "avrt-mlflow"}})
+
+
+def test_a_pod_waits_for_an_mlflow_that_is_still_starting(first_pod: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    servers: list[http.server.ThreadingHTTPServer] = []
+
+    def start() -> None:
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", port), _Tracking))
+        servers[0].serve_forever()
+
+    timer = threading.Timer(1.0, start)
+    timer.start()
+    checks = {check.name: check for check in cluster_checks(config(), with_tracking(f"http://127.0.0.1:{port}"))}
+    servers[0].shutdown()
+    servers[0].server_close()
+    assert (checks["MLflow"].status, checks["Bucket"].status) == ("ok", "ok")
+
+
+def test_store_and_mlflow_are_waited_for_together_and_not_for_ever(first_pod: pytest.MonkeyPatch) -> None:
+    first_pod.setenv("AVRT_S3_ENDPOINT", "127.0.0.1:1")
+    first_pod.setattr(services, "COMING_UP_S", 1.0)
+    asked = time.monotonic()
+    checks = {check.name: check for check in cluster_checks(config(), with_tracking("http://127.0.0.1:1"))}
+    assert (checks["MLflow"].status, checks["Bucket"].status) == ("failed", "failed")
+    assert time.monotonic() - asked >= 1.0
+
+
+def test_what_will_not_mend_itself_is_asked_once(first_pod: pytest.MonkeyPatch, tracking: str) -> None:
+    first_pod.setenv("AVRT_S3_SECRET_KEY", "wrong")
+    first_pod.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+    first_pod.setattr(time, "sleep", lambda _: pytest.fail("it waited"))
+    checks = {check.name: check for check in cluster_checks(config(), with_tracking(tracking))}
+    assert (checks["MLflow"].status, checks["Bucket"].status) == ("failed", "failed")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ from avrt_lib.cli import main as cli
 from avrt_lib.cluster.profile import load_profile
 from avrt_lib.config import load
 from avrt_lib.errors import EnvironmentProblem, UsageError
-from pipelines import backend, housekeeping, pods, watch
+from avrt_lib.preflight import cluster as preflight_cluster
+from avrt_lib.preflight.checks import FAILED, Check
+from pipelines import backend, commands, housekeeping, pods, watch
 from pipelines.commands import register
 from pipelines.compile import compile_pipeline
 from pipelines.progress import rows_of
@@ -161,6 +163,52 @@ def test_nothing_is_submitted_where_the_cluster_cannot_run_it(api: KfpApi, capsy
     code, _, err = submit(capsys, api, "--detach", "--set", "store.kind=local", "--no-checks")
     assert code == 0, err
     assert len(api.runs) == 1
+
+
+SECRET = Check("Secret avrt-store", FAILED, "is not there yet", coming_up=True)
+SERVICE = Check("Service avrt-mlflow", FAILED, "has no pod that is ready", coming_up=True)
+WRONG = Check("Permission", FAILED, "may not deploy")
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[list[Check]]:
+    """What the cluster's checks find, one look after another; the last is found for ever."""
+    found: list[list[Check]] = []
+    monkeypatch.setattr(preflight_cluster, "cluster_checks", lambda *_: found.pop(0) if len(found) > 1 else found[0])
+    monkeypatch.setattr(commands, "LOOK_EVERY_S", 0.01)
+    return found
+
+
+def test_what_was_only_just_applied_is_waited_for(
+    api: KfpApi, looks: list[list[Check]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks += [[SECRET, SERVICE], [SERVICE], [SERVICE], []]
+    code, _, err = submit(capsys, api, "--detach")
+    assert code == 0, err
+    assert [line for line in err.splitlines() if line.startswith("Waiting for")] == [
+        "Waiting for Secret avrt-store, Service avrt-mlflow (up to 180 s) …",
+        "Waiting for Service avrt-mlflow (up to 180 s) …",
+    ]
+    assert len(api.runs) == 1
+
+
+def test_nothing_is_waited_for_where_something_else_is_wrong(
+    api: KfpApi, looks: list[list[Check]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks += [[SECRET, WRONG], []]
+    code, _, err = submit(capsys, api, "--detach")
+    assert (code, "Waiting" in err) == (EnvironmentProblem.exit_code, False)
+    assert not api.runs
+
+
+def test_what_does_not_come_up_is_told_in_the_end(
+    api: KfpApi, looks: list[list[Check]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "COMING_UP_S", 0.1)
+    looks += [[SERVICE]]
+    code, _, err = submit(capsys, api, "--detach")
+    assert (code, "Not ready: Service avrt-mlflow." in err) == (EnvironmentProblem.exit_code, True)
+    assert not api.runs
 
 
 def test_what_is_submitted_is_what_the_profile_says(api: KfpApi, capsys: pytest.CaptureFixture[str]) -> None:
