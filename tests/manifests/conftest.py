@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import yaml
 
 from scripts import manifests
-from scripts.manifest_policies import Build, Object
+from scripts.manifest_policies import Build, Object, containers, pods, split_image
 
 #: A namespace of ours that holds this label was made by these tests, and may be used and emptied by them.
 MARK = "avrt/made-by-tests"
@@ -37,6 +38,15 @@ def one(build: Build, kind: str, name: str, namespace: str | None = "avrt") -> O
         if (d["kind"], d["metadata"]["name"], d["metadata"].get("namespace")) == (kind, name, namespace)
     ]
     return found
+
+
+def with_images(build: Build, references: dict[str, str]) -> Build:
+    """The build with these references for its images, by name, whatever tags it has."""
+    changed = copy.deepcopy(build)
+    for _, pod in pods(changed):
+        for container in containers(pod):
+            container["image"] = references[split_image(container["image"])[0]]
+    return changed
 
 
 @dataclass
@@ -113,10 +123,7 @@ def running(cluster: Cluster, rendered: dict[str, Build]) -> Iterator[Cluster]:
     if not listed.exists():
         pytest.skip("no images: make images, and bring them to the node")
     built = json.loads(listed.read_text(encoding="utf-8"))["images"]
-    text = yaml.safe_dump_all(rendered["test"].objects)
-    for image in built.values():
-        text = text.replace(f"{image['name']}:0.1.0", image["reference"])
-    objects = list(yaml.safe_load_all(text))
+    objects = with_images(rendered["test"], {image["name"]: image["reference"] for image in built.values()}).objects
     cluster.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", objects=objects)
     try:
         for what in ("statefulset/avrt-store", "deployment/avrt-mlflow"):

@@ -29,7 +29,7 @@ from scripts.manifest_policies import (
     problems,
     split_image,
 )
-from tests.manifests.conftest import one
+from tests.manifests.conftest import one, with_images
 
 STORE = "avrt-store.avrt.svc.cluster.local:8333"
 #: Whose definitions AVRT_CRD_DIR is to hold.
@@ -121,6 +121,13 @@ def test_the_test_overlays_images_can_be_set(rendered: dict[str, Build]) -> None
     assert {split_image(c["image"])[0] for _, pod in pods(rendered["test"]) for c in containers(pod)} <= set(OWN_IMAGES)
 
 
+def test_images_that_were_built_take_the_place_of_any_tag(rendered: dict[str, Build]) -> None:
+    built = {name: f"{name}:0.1.0-{'a' * 12}" for name in OWN_IMAGES}
+    once = with_images(rendered["test"], built)
+    assert {c["image"] for _, pod in pods(once) for c in containers(pod)} <= set(built.values())
+    assert with_images(once, built) == once, "after `make images` the overlay has these tags already"
+
+
 def test_the_job_makes_exactly_what_its_annotation_and_its_roles_say(rendered: dict[str, Build]) -> None:
     wanted = credentials.credentials(STORE)
     made = {f"avrt/{c.name}" for c in wanted} | {f"kubeflow/{c.name}" for c in wanted if c.shared}
@@ -131,6 +138,23 @@ def test_the_job_makes_exactly_what_its_annotation_and_its_roles_say(rendered: d
         assert {f"{namespace}/{name}" for name in role["rules"][0]["resourceNames"]} == {
             place for place in made if place.startswith(f"{namespace}/")
         }
+
+
+def test_an_external_store_gets_the_buckets_that_ours_has(rendered: dict[str, Build]) -> None:
+    from avrt_lib.config import StoreConfig
+
+    build = rendered["components/external-s3"]
+    job = one(build, "Job", "avrt-buckets")["spec"]["template"]
+    found = {}
+    for container in job["spec"]["containers"]:
+        secrets = {v["valueFrom"]["secretKeyRef"]["name"] for v in container["env"] if "valueFrom" in v}
+        found[" ".join(container["args"])] = secrets
+    data = one(rendered["test"], "StatefulSet", "avrt-store")["spec"]["template"]["spec"]["containers"][0]
+    (ours,) = [word.partition("=")[2].split(",") for word in data["command"] if word.startswith("-bucket=")]
+    assert found == {StoreConfig().bucket: {"avrt-store"}, "avrt-mlflow": {"avrt-mlflow-s3"}}
+    assert set(found) == set(ours)
+    policy = one(build, "NetworkPolicy", "external-s3")["spec"]["podSelector"]["matchExpressions"][0]
+    assert job["metadata"]["labels"][policy["key"]] in policy["values"], "it reaches the store"
 
 
 def test_the_secret_store_gives_what_the_job_makes(rendered: dict[str, Build]) -> None:
