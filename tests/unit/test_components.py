@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import subprocess
 import sys
@@ -39,6 +40,13 @@ def test_every_argument_is_described(name: str) -> None:
     text = inspect.getdoc(function) or ""
     for parameter in inspect.signature(function).parameters:
         assert f"    {parameter}: " in text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_takes_what_it_is_listed_with_and_nothing_else(name: str) -> None:
+    step = STEPS[name]
+    taken = set(inspect.signature(importlib.import_module(step.module).run).parameters)
+    assert taken == {"config", "workspace", *step.inputs, *step.outputs, *step.params}
 
 
 class _Recorder:
