@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from avrt_lib.errors import ConfigError
 
@@ -41,6 +42,9 @@ class Section(BaseModel):
     """A part of the configuration: no unknown keys, no changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Section)
 
 
 class SourceConfig(Section):
@@ -438,8 +442,15 @@ class Config(Section):
                 )
         return self
 
+    def part(self, keys: Collection[str]) -> Config:
+        """The configuration with these of its keys alone; reading another one raises ``AttributeError``."""
+        part = self.model_copy()
+        for key in part.__dict__.keys() - set(keys):
+            del part.__dict__[key]
+        return part
+
     def to_json(self) -> str:
-        """The configuration as the one JSON text that travels through the pipeline."""
+        """The configuration, or a part of it, as the JSON text that travels through the pipeline."""
         return json.dumps(self.model_dump(mode="json"), separators=(",", ":"), sort_keys=True, ensure_ascii=False)
 
     @property
@@ -449,8 +460,13 @@ class Config(Section):
 
 
 def from_json(text: str) -> Config:
-    """Read back what ``Config.to_json`` wrote."""
-    return _validated(json.loads(text), "the configuration parameter")
+    """Read back what ``Config.to_json`` wrote, of a whole configuration or of a part."""
+    document, where = json.loads(text), "the configuration parameter"
+    fields = {name: (field.annotation, field) for name, field in Config.model_fields.items() if name in document}
+    if len(fields) == len(Config.model_fields):
+        return _validated(document, where, Config)
+    part = _validated(document, where, create_model("Part", __base__=Section, **fields))  # type: ignore[call-overload]
+    return Config.model_construct(**vars(part)).part(fields)
 
 
 def load(path: Path, overrides: dict[str, Any] | None = None, *, pinned: bool = True) -> Config:
@@ -476,7 +492,7 @@ def load(path: Path, overrides: dict[str, Any] | None = None, *, pinned: bool = 
         _assign(document, dotted, value)
     if pinned:
         _pin_models(document, path.parent / MODELS_LOCK)
-    return _validated(document, str(path))
+    return _validated(document, str(path), Config)
 
 
 def _pin_models(document: dict[str, Any], lock: Path) -> None:
@@ -543,8 +559,8 @@ def validation_message(error: ValidationError) -> str:
     return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
-def _validated(document: Any, where: str) -> Config:
+def _validated(document: Any, where: str, model: type[S]) -> S:
     try:
-        return Config.model_validate(document)
+        return model.model_validate(document)
     except ValidationError as error:
         raise ConfigError(f"{where}: {validation_message(error)}.") from error

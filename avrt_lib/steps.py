@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,17 +60,25 @@ class Step:
     params: tuple[str, ...] = ()
     repeatable: bool = True
 
+    def part(self, config: Config) -> Config:
+        """What a task of this step is given of a run's configuration, and what the pipeline's cache compares of it.
+
+        A step with outside effects gets all of it. The others get the sections that decide their outputs, and the two
+        that say where reports and checkpoints go; reading another section raises.
+        """
+        return config.part({*self.sections, "store", "tracking"}) if self.repeatable else config
+
 
 STEPS: dict[str, Step] = {
     "preflight": Step(
         "avrt_lib.preflight", (), ("checks",), ("data", "teachers", "store", "deployment"), "pipeline", repeatable=False
     ),
-    "ingest": Step("avrt_lib.ingest", (), ("samples",), ("data", "seed"), "pipeline", ("data_hash",)),
+    "ingest": Step("avrt_lib.ingest", (), ("samples",), ("data", "merger", "seed"), "pipeline", ("data_hash",)),
     "vision_teacher": Step(
-        "avrt_lib.teachers.vision", ("samples",), ("traces",), ("teachers", "seed"), "vllm", ("shard",)
+        "avrt_lib.teachers.vision", ("samples",), ("traces",), ("teachers", "data", "seed"), "vllm", ("shard",)
     ),
     "audio_teacher": Step(
-        "avrt_lib.teachers.audio", ("samples",), ("traces",), ("teachers", "seed"), "vllm", ("shard",)
+        "avrt_lib.teachers.audio", ("samples",), ("traces",), ("teachers", "data", "seed"), "vllm", ("shard",)
     ),
     "merger": Step(
         "avrt_lib.merger", ("samples", "vision_traces", "audio_traces"), ("merged",), ("merger", "seed"), "vllm"
@@ -81,7 +89,11 @@ STEPS: dict[str, Step] = {
         "avrt_lib.validation", ("samples", "merged"), ("report",), ("validation", "merger", "data"), "pipeline"
     ),
     "sft": Step(
-        "avrt_lib.training.sft", ("samples", "merged"), ("model",), ("student", "sft", "seed", "data"), "train"
+        "avrt_lib.training.sft",
+        ("samples", "merged"),
+        ("model",),
+        ("student", "sft", "evaluation", "seed", "data"),
+        "train",
     ),
     "grpo": Step(
         "avrt_lib.training.grpo", ("samples", "sft_model"), ("model",), ("student", "grpo", "seed", "data"), "train"
@@ -90,7 +102,7 @@ STEPS: dict[str, Step] = {
         "avrt_lib.evaluation",
         ("samples", "model"),
         ("predictions",),
-        ("student", "evaluation", "seed"),
+        ("student", "evaluation", "promotion", "data", "seed"),
         "vllm",
         ("role",),
     ),
@@ -98,7 +110,7 @@ STEPS: dict[str, Step] = {
         "avrt_lib.promotion",
         ("base_predictions", "sft_predictions", "grpo_predictions", "sft_model", "grpo_model"),
         ("champion",),
-        ("promotion", "deployment", "store", "tracking", "student"),
+        ("promotion", "deployment", "store", "tracking", "student", "data"),
         "pipeline",
         repeatable=False,
     ),
@@ -106,7 +118,7 @@ STEPS: dict[str, Step] = {
         "avrt_lib.serving.deployment",
         ("samples", "champion", "grpo_model"),
         ("check",),
-        ("deployment", "student", "evaluation"),
+        ("deployment", "promotion", "student", "data", "sft", "evaluation"),
         "pipeline",
         repeatable=False,
     ),
@@ -209,7 +221,11 @@ def run_step(
         places = {output: str(target) for output, target in placed.items()}
         workspace.report(**ended, reused=reused, outputs=places)
         if rank == 0:
-            run_reports.put(settings, instance, ended)
+            content: dict[str, Any] = {}
+            if run_reports.enabled():
+                content["took"] = [identity(folder) for _, folder in _folders(paths)]
+                content["made"] = [identity(workspace.scratch / output) for output in step.outputs]
+            run_reports.put(settings, instance, ended | content)
         return facts
     except BaseException as error:
         error = _typed(error, root)
@@ -272,11 +288,17 @@ def _key(step: Step, config: Config, inputs: Mapping[str, Path | list[Path]], pa
     document = config.model_dump(mode="json")
     for section in step.sections:
         digest.update(repr((section, document[section])).encode())
-    for name, folders in sorted(inputs.items()):
-        for folder in folders if isinstance(folders, list) else [folders]:
-            digest.update(f"{name} {identity(folder)}".encode())
+    for name, folder in _folders(inputs):
+        digest.update(f"{name} {identity(folder)}".encode())
     digest.update(repr(sorted(params.items())).encode())
     return digest.hexdigest()[:16]
+
+
+def _folders(inputs: Mapping[str, Path | list[Path]]) -> Iterator[tuple[str, Path]]:
+    """Each input folder with its input's name."""
+    for name, folders in sorted(inputs.items()):
+        for folder in folders if isinstance(folders, list) else [folders]:
+            yield name, folder
 
 
 def identity(folder: Path) -> str:

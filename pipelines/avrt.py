@@ -3,10 +3,12 @@
 The graph is the same on the local runner and on a Kubeflow Pipelines backend. What shaped it:
 
 - The gate is a step that raises. A false condition would skip training and let the run look like a success.
-- ``data_validation`` waits for the base's evaluation, so that a run that ends at the gate still shows the base.
+- ``data_validation`` waits for the base's evaluation, so that a run that ends at the gate still shows the base. The
+  base is evaluated behind the merger: beside both teachers its pod would wait for one of their GPUs.
 - Where the champion was published is a string: artifacts outside the pipeline's root are refused by the launcher.
 - Library version, data hash and image identity are parameters of every component, since the caches compare parameters
-  and know neither contents nor moved tags.
+  and know neither contents nor moved tags. For the same reason each step gets no more of the configuration than it
+  needs: a change reaches the steps that it concerns.
 - On a cluster the run's summary is made by an exit handler, which runs however the run ends; on one machine the process
   that started the run writes it.
 """
@@ -48,20 +50,17 @@ COMPONENTS = (
 DESCRIPTION = "Teach an audio-visual model to reason, from the reasoning of single-modality teachers."
 
 
-def build(options: Options, config: str = "") -> Any:
+def build(options: Options) -> Any:
     """The pipeline function.
 
     Args:
         options: the compile-time options.
-        config: the default of the pipeline's ``config`` parameter (JSON text), so that the compiled file can be
-            submitted as it is.
     """
     images = options.images
     teachers = (sharded(vision_teacher, options), sharded(audio_teacher, options))
 
     @dsl.pipeline(name=NAME, description=DESCRIPTION, pipeline_config=options.pipeline_config())
     def avrt(
-        config: str = config,
         work: str = "",
         data_hash: str = options.data_hash,
         library_version: str = __version__,
@@ -69,24 +68,24 @@ def build(options: Options, config: str = "") -> Any:
         train_image: str = images.train,
         vllm_image: str = images.vllm,
     ) -> None:
-        common = {"config": config, "work": work, "data_hash": data_hash, "library_version": library_version}
+        common = {"work": work, "data_hash": data_hash, "library_version": library_version}
         graph = Graph(options, common, {"pipeline": pipeline_image, "train": train_image, "vllm": vllm_image})
         with graph.summarised(run_summary, COMPONENTS):
             checked = graph.task(preflight)
             ingested = graph.task(ingest).after(checked)
             samples = ingested.outputs["samples"]
-            merged = traces(graph, samples, *teachers)
-            base = graph.task(evaluation, "evaluation-base", samples=samples, role="base")
-            train(graph, samples, merged, base)
+            merging = traces(graph, samples, *teachers)
+            base = graph.task(evaluation, "evaluation-base", samples=samples, role="base").after(merging)
+            train(graph, samples, merging.outputs["merged"], base)
 
     return avrt
 
 
 def traces(graph: Graph, samples: Any, vision_shards: Any, audio_shards: Any) -> Any:
-    """Both teachers and the merger: the merged traces of the training samples."""
+    """Both teachers, and the merger's task, whose output ``merged`` has the merged traces of the training samples."""
     common = {**graph.common, "samples": samples, "image": graph.images["vllm"]}
     seen, heard = vision_shards(**common), audio_shards(**common)
-    return graph.task(merger, samples=samples, vision_traces=seen.output, audio_traces=heard.output).outputs["merged"]
+    return graph.task(merger, samples=samples, vision_traces=seen.output, audio_traces=heard.output)
 
 
 def train(graph: Graph, samples: Any, merged: Any, base: Any) -> None:
@@ -99,7 +98,7 @@ def train(graph: Graph, samples: Any, merged: Any, base: Any) -> None:
         base: the base's evaluation.
     """
     gate = graph.task(data_validation, samples=samples, merged=merged).after(base)
-    cold_start = graph.task(sft, samples=samples, merged=merged, validated=gate.outputs["report"])
+    cold_start = graph.task(sft, samples=samples, merged=merged).after(gate)
     sft_model = cold_start.outputs["model"]
     reinforced = graph.task(grpo, samples=samples, sft_model=sft_model)
     grpo_model = reinforced.outputs["model"]

@@ -53,9 +53,19 @@ Traces = Annotated[
     str | None,
     typer.Option(help="train: where the merged traces are: s3://BUCKET/traces/SHA256, or a place that its pods see."),
 ]
+DataHash = Annotated[
+    str | None,
+    typer.Option(
+        help="What tells the data from other data (a version, a hash), where it lies on a claim; without it such data "
+        "is read anew in every run.",
+        metavar="TEXT",
+    ),
+]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Run every step, also those that have a result.")]
 Experiment = Annotated[str | None, typer.Option(help="The backend's experiment [the profile's].", metavar="NAME")]
 RUNS = Path("runs")
+#: How long secrets, a store and an MLflow that are only just coming up are waited for, and how often they are asked.
+COMING_UP_S, LOOK_EVERY_S = 180.0, 5.0
 
 
 def _debug(value: bool) -> bool:
@@ -64,8 +74,6 @@ def _debug(value: bool) -> bool:
     return value
 
 
-#: How long secrets, a store and an MLflow that are only just coming up are waited for, and how often they are asked.
-COMING_UP_S, LOOK_EVERY_S = 180.0, 5.0
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_debug, is_eager=True)]
 
 EPILOG_SUBMIT = """
@@ -114,6 +122,7 @@ def submit(
     settings: Settings = None,
     pipeline: Pipeline = "avrt",
     traces: Traces = None,
+    data_hash: DataHash = None,
     host: Host = None,
     namespace: Namespace = None,
     token_env: TokenEnv = None,
@@ -140,7 +149,7 @@ def submit(
     if not no_checks:
         _check(order, profile)
     backend = _connect(host, namespace, token_env, cookie_env, profile)
-    run_id = submission.submit(backend, order, experiment=experiment, run_name=run_name)
+    run_id = submission.submit(backend, order, experiment=experiment, run_name=run_name, data_hash=data_hash)
     if detach:
         out.print(run_id)
         return

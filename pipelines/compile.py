@@ -15,7 +15,7 @@ from avrt_lib.errors import DataError
 from avrt_lib.ingest.fingerprint import fingerprint
 from avrt_lib.tables import atomic_path
 from components.images import DEFAULT, Images, built
-from pipelines.options import Options, config_parameter
+from pipelines.options import Options
 
 #: The graphs: modules of this package with a ``build``.
 PIPELINES = ("avrt", "data", "train", "evaluate")
@@ -34,7 +34,7 @@ def compile_pipeline(
     """Write a pipeline of a configuration as KFP IR YAML; the same arguments give the same bytes.
 
     Args:
-        config: the configuration; it becomes the default of the pipeline's parameter.
+        config: the configuration; each task holds what its step needs of it.
         output: the YAML file.
         images: the images' references.
         cluster: the profile of the cluster that will run it; its settings become the platform spec, the second document
@@ -45,7 +45,7 @@ def compile_pipeline(
             in Kubernetes.
     """
     build = importlib.import_module(f"pipelines.{pipeline}").build
-    function = build(Options.of(config, images, cluster, data_hash), config_parameter(config))
+    function = build(Options(config, images or DEFAULT, cluster, data_hash))
     manifest: dict[str, Any] = {}
     if kubernetes:
         version = hashlib.sha256(f"{config.sha256} {images} {cluster} {data_hash}".encode()).hexdigest()[:12]
@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}-image", help="by default what `make images` built, for a cluster")
     parser.add_argument("--pipeline", choices=PIPELINES, default="avrt")
     parser.add_argument("--cluster", type=Path, help="a cluster profile")
+    parser.add_argument("--data-hash", help="tells the data from other data, where this machine does not see it")
     parser.add_argument("--kubernetes", action="store_true", help="write Pipeline and PipelineVersion objects")
     given = parser.parse_args(arguments)
     config = load(given.config)
@@ -95,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
         given.output,
         images,
         cluster,
-        data_hash=data_identity(config) if cluster else "",
+        data_hash=given.data_hash or (data_identity(config) if cluster else ""),
         pipeline=given.pipeline,
         kubernetes=given.kubernetes,
     )

@@ -27,7 +27,7 @@ COMPONENTS = (
 )
 
 
-def build(options: Options, config: str = "") -> Any:
+def build(options: Options) -> Any:
     """The pipeline function; see ``pipelines.avrt.build``."""
     images = options.images
     teachers = (sharded(vision_teacher, options), sharded(audio_teacher, options))
@@ -38,19 +38,18 @@ def build(options: Options, config: str = "") -> Any:
         pipeline_config=options.pipeline_config(),
     )
     def data(
-        config: str = config,
         work: str = "",
         data_hash: str = options.data_hash,
         library_version: str = __version__,
         pipeline_image: str = images.pipeline,
         vllm_image: str = images.vllm,
     ) -> None:
-        common = {"config": config, "work": work, "data_hash": data_hash, "library_version": library_version}
+        common = {"work": work, "data_hash": data_hash, "library_version": library_version}
         graph = Graph(options, common, {"pipeline": pipeline_image, "vllm": vllm_image})
         with graph.summarised(run_summary, COMPONENTS):
             ingested = graph.task(ingest).after(graph.task(preflight))
             samples = ingested.outputs["samples"]
-            merged = traces(graph, samples, *teachers)
+            merged = traces(graph, samples, *teachers).outputs["merged"]
             gate = graph.task(data_validation, samples=samples, merged=merged)
             graph.task(publish_traces, merged=merged).after(gate)
 

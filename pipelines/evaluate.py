@@ -15,7 +15,7 @@ from pipelines.options import Options
 COMPONENTS = ("preflight", "ingest", "evaluation-base")
 
 
-def build(options: Options, config: str = "") -> Any:
+def build(options: Options) -> Any:
     """The pipeline function; see ``pipelines.avrt.build``."""
     images = options.images
 
@@ -25,14 +25,13 @@ def build(options: Options, config: str = "") -> Any:
         pipeline_config=options.pipeline_config(),
     )
     def evaluate(
-        config: str = config,
         work: str = "",
         data_hash: str = options.data_hash,
         library_version: str = __version__,
         pipeline_image: str = images.pipeline,
         vllm_image: str = images.vllm,
     ) -> None:
-        common = {"config": config, "work": work, "data_hash": data_hash, "library_version": library_version}
+        common = {"work": work, "data_hash": data_hash, "library_version": library_version}
         graph = Graph(options, common, {"pipeline": pipeline_image, "vllm": vllm_image})
         with graph.summarised(run_summary, COMPONENTS):
             ingested = graph.task(ingest).after(graph.task(preflight))

@@ -7,7 +7,7 @@ from typing import Any, List  # noqa: UP035 - kfp 2.17 reads only this form of a
 from kfp import dsl
 
 from avrt_lib.steps import STEPS
-from pipelines.options import Options
+from pipelines.options import Options, config_parameter
 from pipelines.placement import place
 
 
@@ -16,7 +16,7 @@ class Graph:
 
     Args:
         options: the compile-time options.
-        common: what every component takes: ``config``, ``work``, ``data_hash`` and ``library_version``.
+        common: what every component takes: ``work``, ``data_hash`` and ``library_version``.
         images: the pipeline's parameters that hold the images' references, by image; they are part of the caches' keys.
     """
 
@@ -26,7 +26,7 @@ class Graph:
         self.images = dict(images)
 
     def task(self, component: Callable[..., Any], name: str | None = None, **arguments: Any) -> Any:
-        """A task of a component, in its image, on its pool.
+        """A task of a component, in its image, on its pool, with what its step needs of the configuration.
 
         Args:
             component: of a step in ``avrt_lib.steps.STEPS``.
@@ -35,14 +35,22 @@ class Graph:
         """
         step = step_of(component)
         image = STEPS[step].image
-        task = component(**arguments, **self.common, image=self.images[image])
+        config = config_parameter(STEPS[step].part(self.options.config))
+        task = component(**arguments, **self.common, config=config, image=self.images[image])
         task.set_container_image(getattr(self.options.images, image))
         if not STEPS[step].repeatable or (step == "ingest" and self.options.cluster and not self.options.data_hash):
             task.set_caching_options(False)
         if name:
             task.set_display_name(name)
         if self.options.cluster is not None:
-            place(task, step, self.options.cluster, self.options.data_hash)
+            place(
+                task,
+                step,
+                self.options.cluster,
+                self.options.config,
+                data_hash=self.options.data_hash,
+                model=arguments.get("role", ""),
+            )
         return task
 
     def summarised(self, component: Callable[..., Any], components: Sequence[str]) -> AbstractContextManager[Any]:
@@ -70,22 +78,22 @@ def sharded(component: Callable[..., Any], options: Options) -> Any:
 
     Args:
         component: ``vision_teacher`` or ``audio_teacher``.
-        options: how many shards, how many at once, images and cluster.
+        options: the compile-time options.
     """
 
     @dsl.pipeline(name=f"{step_of(component).replace('_', '-')}-shards")
     def teacher(
         samples: dsl.Input[dsl.Dataset],
-        config: str,
         library_version: str,
         data_hash: str,
         image: str,
         work: str,
     ) -> List[dsl.Dataset]:  # noqa: UP006
-        common = {"config": config, "work": work, "data_hash": data_hash, "library_version": library_version}
+        common = {"work": work, "data_hash": data_hash, "library_version": library_version}
         graph = Graph(options, common, {STEPS[step_of(component)].image: image})
-        items = list(range(options.shards))
-        with dsl.ParallelFor(items=items, parallelism=options.parallelism, name="shards") as shard:
+        teachers = options.config.teachers
+        items = list(range(teachers.shards))
+        with dsl.ParallelFor(items=items, parallelism=teachers.parallelism, name="shards") as shard:
             task = graph.task(component, samples=samples, shard=shard)
         return dsl.Collected(task.outputs["traces"])  # type: ignore[no-any-return]
 

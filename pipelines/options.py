@@ -10,9 +10,9 @@ from avrt_lib.config import Config
 from avrt_lib.errors import ConfigError
 from components.images import Images
 
-#: Argo moves arguments of more than 128 KiB into ConfigMaps, which its stock role may not create; a pod's parameters
-#: together must stay below that.
-MAX_CONFIG_BYTES = 90_000
+#: Argo moves arguments of more than 128 KiB into ConfigMaps, which its stock role may not create. A graph's driver gets
+#: all of its tasks, and these hold the configuration three times and parts of it about twice more.
+MAX_CONFIG_BYTES = 15_000
 
 
 @dataclass(frozen=True)
@@ -20,26 +20,17 @@ class Options:
     """Compile-time options.
 
     Attributes:
-        shards: into how many parts the teachers' work is cut; each is a task of its own, so few and large.
-        parallelism: how many shards of one teacher run side by side.
+        config: the run's configuration. Shards of the teachers are tasks of their own, so few and large.
         images: the container images.
         cluster: the cluster's profile; None: the local runner, or a backend that needs nothing said.
         data_hash: identity of the source data; empty where it is not known when the pipeline is compiled, and then a
             cluster reads the sources anew in every run.
     """
 
-    shards: int = 2
-    parallelism: int = 2
+    config: Config
     images: Images = field(default_factory=Images)
     cluster: Profile | None = None
     data_hash: str = ""
-
-    @classmethod
-    def of(
-        cls, config: Config, images: Images | None = None, cluster: Profile | None = None, data_hash: str = ""
-    ) -> "Options":
-        """The options that a configuration asks for."""
-        return cls(config.teachers.shards, config.teachers.parallelism, images or Images(), cluster, data_hash)
 
     def pipeline_config(self) -> Any:
         """The settings of the run as a whole: when finished workflows are removed, and how long one may take."""
@@ -53,7 +44,7 @@ class Options:
 
 
 def config_parameter(config: Config) -> str:
-    """The configuration as the text that travels through the pipeline.
+    """A configuration, or a part of it, as the text that travels through the pipeline.
 
     The local runner replaces the text ``python3`` in every parameter by the interpreter's path, so the letters are
     escaped; JSON readers see the same document.

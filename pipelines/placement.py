@@ -15,7 +15,8 @@ from typing import Any
 
 from kfp import kubernetes
 
-from avrt_lib.cluster.profile import VARIABLE, Pool, Profile, secret_variables
+from avrt_lib.cluster.profile import VARIABLE, Pool, Profile, endpoint_of, step_secrets
+from avrt_lib.config import Config
 
 #: Labels that the backend puts on every pod of a run.
 RUN_LABEL = "pipeline/runid"
@@ -25,23 +26,29 @@ CA_FOLDER = "/etc/avrt-store-ca"
 LENIENT = ("preflight", "run_summary")
 
 
-def place(task: Any, step: str, profile: Profile, data_hash: str) -> None:
+def place(task: Any, step: str, profile: Profile, config: Config, *, data_hash: str, model: str = "") -> None:
     """Apply a profile to one task.
 
     Args:
         task: the task; it runs one component.
         step: the component's name.
         profile: the cluster.
+        config: the run's configuration.
         data_hash: identity of the source data, which the champion's tags name.
+        model: of an evaluation: ``base``, ``sft`` or ``grpo``.
     """
-    pool = profile.pool(step)
+    pool = profile.pool(step, endpoint_of(config, step, model))
     _nodes(task, pool)
     _resources(task, pool)
     # What preflight finds does not go away by itself.
     _lifetime(task, pool, retries=0 if step == "preflight" else pool.retries)
-    _environment(task, profile, data_hash, lenient=step in LENIENT)
+    given = {"AVRT_DATA_HASH": data_hash, "AVRT_S3_BUCKET": config.store.bucket}
     if step == "preflight":
-        task.set_env_variable(VARIABLE, profile.model_dump_json(exclude_defaults=True))
+        given[VARIABLE] = profile.model_dump_json(exclude_defaults=True)
+    _environment(task, profile, given | profile.environment | pool.environment, lenient=step in LENIENT)
+    for secret, keys in step_secrets(profile, config, step, model).items():
+        optional = step in LENIENT or secret == profile.api_key_secret
+        kubernetes.use_secret_as_env(task, secret, keys, optional=optional)
     _pod(task, step, profile)
 
 
@@ -80,23 +87,19 @@ def _lifetime(task: Any, pool: Pool, retries: int) -> None:
         task.set_retry(retries, f"{pool.retry_wait_s}s", 2, f"{longest}s")
 
 
-def _environment(task: Any, profile: Profile, data_hash: str, *, lenient: bool) -> None:
+def _environment(task: Any, profile: Profile, given: dict[str, str], *, lenient: bool) -> None:
     store = profile.store
     values = {
         "AVRT_S3_ENDPOINT": store.endpoint,
         "AVRT_S3_SECURE": "1" if store.secure else "0",
         "AVRT_S3_REGION": store.region,
         "AVRT_RUN_REPORTS": "store",
-        "AVRT_DATA_HASH": data_hash,
-        **profile.environment,
+        **given,
     }
     kubernetes.use_field_path_as_env(task, "AVRT_RUN_ID", f"metadata.labels['{RUN_LABEL}']")
-    for secret, keys in secret_variables(profile).items():
-        optional = lenient or secret == profile.api_key_secret
-        kubernetes.use_secret_as_env(task, secret, dict(keys), optional=optional)
     if store.ca_config_map:
         kubernetes.use_config_map_as_volume(task, store.ca_config_map, CA_FOLDER, optional=lenient)
-        values["AVRT_S3_CA_FILE"] = f"{CA_FOLDER}/ca.crt"
+        values["AVRT_S3_CA_FILE"] = f"{CA_FOLDER}/{store.ca_key}"
     if profile.tracking:
         values["MLFLOW_TRACKING_URI"] = profile.tracking.uri
     for name, value in sorted(values.items()):

@@ -39,13 +39,28 @@ class Waiting:
         key: tells it from others.
         task: the task that it belongs to.
         reason: why, in the scheduler's or the kubelet's words.
-        held: Kueue holds it, so that it may wait as long as it takes.
+        held: Kueue holds it, or it waits for GPUs that other pods of its run have; it may wait as long as that takes.
     """
 
     key: str
     task: str
     reason: str
     held: bool = False
+
+
+@dataclass(frozen=True)
+class _Gpus:
+    """What a pod asks for of what a node has few of, by name, and the node selector that says of which nodes."""
+
+    resources: frozenset[str]
+    nodes: frozenset[tuple[str, str]]
+
+
+def _gpus(pod: Any) -> _Gpus:
+    """Extended resources, GPUs and MIG slices among them, have a domain in their names."""
+    limits = [container.resources.limits or {} for container in pod.spec.containers if container.resources]
+    names = frozenset(name for each in limits for name, count in each.items() if "/" in name and count != "0")
+    return _Gpus(names, frozenset((pod.spec.node_selector or {}).items()))
 
 
 class Pods:
@@ -83,7 +98,8 @@ class Pods:
             for node in nodes
             if node.get("type") == "Pod" and node.get("phase") == "Pending" and node["id"] not in made
         ]
-        return [self._waiting(pod) for pod in pods if pod.status.phase == "Pending"] + unmade
+        taken = [_gpus(pod) for pod in pods if pod.spec.node_name and pod.status.phase in ("Pending", "Running")]
+        return [self._waiting(pod, taken) for pod in pods if pod.status.phase == "Pending"] + unmade
 
     def nodes(self, run_id: str) -> list[dict[str, Any]] | None:
         """The nodes of the run's Workflow, each with ``id``, ``name``, ``phase`` and ``message``; None without one.
@@ -132,7 +148,7 @@ class Pods:
         listed = self._core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=TIMEOUT_S)
         return list(listed.items)
 
-    def _waiting(self, pod: Any) -> Waiting:
+    def _waiting(self, pod: Any, taken: Sequence[_Gpus]) -> Waiting:
         key = pod.metadata.name
         task = task_of((pod.metadata.annotations or {}).get(NODE_NAME, key))
         if any(gate.name.startswith(KUEUE) for gate in pod.spec.scheduling_gates or []):
@@ -140,7 +156,12 @@ class Pods:
             return Waiting(key, task, f"Kueue holds it in the queue {queue}".rstrip(), held=True)
         for condition in pod.status.conditions or []:
             if condition.type == "PodScheduled" and condition.status == "False":
-                return Waiting(key, task, _line(f"{condition.reason}: {condition.message or ''}".rstrip(": ")))
+                reason = _line(f"{condition.reason}: {condition.message or ''}".rstrip(": "))
+                short = [name for name in _gpus(pod).resources if f"Insufficient {name}" in reason]
+                nodes = _gpus(pod).nodes
+                if any(each.nodes == nodes and not each.resources.isdisjoint(short) for each in taken):
+                    return Waiting(key, task, f"other steps of the run have the GPUs ({reason})", held=True)
+                return Waiting(key, task, reason)
         statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
         for status in statuses:
             state = status.state.waiting if status.state else None

@@ -18,7 +18,7 @@ from kfp import local
 from avrt_lib.config import load
 from avrt_lib.run_processes import kill_marked
 from pipelines.avrt import build
-from pipelines.options import Options, config_parameter
+from pipelines.options import Options
 
 
 def die_with_parent(marker: str) -> None:
@@ -51,7 +51,7 @@ def run(config_file: Path, *, work: Path, root: Path, data_hash: str) -> None:
     warnings.filterwarnings("ignore", message=r".*display_name.*no effect", category=UserWarning)
     # Steps find their earlier results by content in ``work``; the runner's own cache knows no content.
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(root), enable_caching=False)
-    build(Options.of(config))(config=config_parameter(config), work=str(work), data_hash=data_hash)
+    build(Options(config))(work=str(work), data_hash=data_hash)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -73,7 +73,14 @@ def uncached(spec: dict[str, Any]) -> None:
             task["cachingOptions"] = {}
 
 
-def submit(backend: Backend, order: Order, *, experiment: str | None = None, run_name: str | None = None) -> str:
+def submit(
+    backend: Backend,
+    order: Order,
+    *,
+    experiment: str | None = None,
+    run_name: str | None = None,
+    data_hash: str | None = None,
+) -> str:
     """Compile and start a run, and return its id.
 
     Args:
@@ -81,6 +88,7 @@ def submit(backend: Backend, order: Order, *, experiment: str | None = None, run
         order: what.
         experiment: None takes the profile's.
         run_name: None makes one of the configuration's name and the time.
+        data_hash: what tells the source data from other data; None takes the fingerprint of what this machine sees.
 
     Raises:
         AvrtError: where it cannot be compiled, or the backend refuses it.
@@ -88,7 +96,7 @@ def submit(backend: Backend, order: Order, *, experiment: str | None = None, run
     access = order.profile.pipelines
     name = run_name or f"{order.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     checked_name("run", name)
-    spec, *platform = order.compiled(data_hash=data_identity(order.config))
+    spec, *platform = order.compiled(data_hash=data_hash or data_identity(order.config))
     body = kfp_server_api.V2beta1Run(
         display_name=name,
         experiment_id=backend.experiment(experiment or access.experiment),

@@ -27,7 +27,7 @@ COMPONENTS = (
 )
 
 
-def build(options: Options, config: str = "") -> Any:
+def build(options: Options) -> Any:
     """The pipeline function; see ``pipelines.avrt.build``. Its parameter ``traces`` says where the traces are."""
     images = options.images
 
@@ -38,7 +38,6 @@ def build(options: Options, config: str = "") -> Any:
     )
     def train(
         traces: str,
-        config: str = config,
         work: str = "",
         data_hash: str = options.data_hash,
         library_version: str = __version__,
@@ -46,7 +45,7 @@ def build(options: Options, config: str = "") -> Any:
         train_image: str = images.train,
         vllm_image: str = images.vllm,
     ) -> None:
-        common = {"config": config, "work": work, "data_hash": data_hash, "library_version": library_version}
+        common = {"work": work, "data_hash": data_hash, "library_version": library_version}
         graph = Graph(options, common, {"pipeline": pipeline_image, "train": train_image, "vllm": vllm_image})
         with graph.summarised(run_summary, COMPONENTS):
             ingested = graph.task(ingest).after(graph.task(preflight))

@@ -164,7 +164,7 @@ class Watch:
         for each in found:
             if each.held:
                 self._since.pop(each.key, None)
-                self._say_once(f"{each.task} waits: {each.reason}.")
+                self._say_once(f"{each.task or 'A step'} waits: {each.reason}.")
                 continue
             waited = now - self._since.setdefault(each.key, now)
             if waited >= REPORT_AFTER_S:
@@ -186,15 +186,24 @@ class Watch:
         return found if found or self._workflow_seen else self._seen_by_the_backend(run)
 
     def _seen_by_the_backend(self, run: Any) -> list[Waiting]:
-        """Without access to pods: the nodes that the backend calls pending. It does not say which task's, nor why."""
+        """Without access to pods: the nodes that the backend calls pending. It does not say which task's, nor why.
+
+        While another step runs they may wait for its GPUs.
+        """
         if self._kueue:
             return []
         reason = "the backend does not say why; access to the run's pods through KUBECONFIG would"
+        details = details_of(run)
+        # A retry's node, of the same name, runs while its pod waits; it has that as its child.
+        held = any(
+            detail.state == "RUNNING" and base_name(detail.display_name) == "executor" and not detail.child_tasks
+            for detail in details
+        )
         found = {}
-        for detail in details_of(run):
+        for detail in details:
             if detail.state == "PENDING" and _is_pod(detail.display_name):
                 key = f"{base_name(detail.display_name)} {detail.create_time}"
-                found[key] = Waiting(key, task_of_driver(detail.display_name), reason)
+                found[key] = Waiting(key, task_of_driver(detail.display_name), reason, held)
         return list(found.values())
 
     def _read_workflow(self, run: Any, pods: Pods) -> None:

@@ -133,12 +133,20 @@ def compile_(
     kubernetes: Annotated[
         bool, typer.Option("--kubernetes", help="Write Pipeline and PipelineVersion objects for kubectl.")
     ] = False,
+    data_hash: Annotated[
+        str | None,
+        typer.Option(
+            help="With --cluster: what tells the data from other data (a version, a hash), where it lies on a claim; "
+            "without it such data is read anew in every run.",
+            metavar="TEXT",
+        ),
+    ] = None,
     pipeline_image: Annotated[str | None, typer.Option(help="Image of the steps without torch.")] = None,
     train_image: Annotated[str | None, typer.Option(help="Image of the training steps.")] = None,
     vllm_image: Annotated[str | None, typer.Option(help="Image of the steps with vLLM.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Compile the pipeline for a Kubeflow Pipelines backend; the configuration becomes the default of its parameter.
+    """Compile the pipeline for a Kubeflow Pipelines backend; each task holds what its step needs of the configuration.
 
     Example: `avrt compile --config configs/miniature.yaml --cluster configs/clusters/test.yaml --output pipeline.yaml`
     """
@@ -155,6 +163,7 @@ def compile_(
         pipeline=pipeline,
         cluster=profile,
         kubernetes=kubernetes,
+        data_hash=data_hash,
     )
     out.print(f"Written: {output}", soft_wrap=True)
 

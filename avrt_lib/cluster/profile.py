@@ -16,11 +16,12 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
-from avrt_lib.config import Section, validation_message
+from avrt_lib.config import Config, EngineConfig, Section, validation_message
 from avrt_lib.errors import ConfigError
 
 #: Holds the profile, as JSON, in the pod of a run's first step.
 VARIABLE = "AVRT_CLUSTER_PROFILE"
+API_KEY = "AVRT_API_KEY"
 #: The roles that pools stand for, and the steps of each.
 ROLES: dict[str, tuple[str, ...]] = {
     "cpu": (
@@ -103,6 +104,7 @@ class Pool(Section):
     timeout_s: int | None = Field(None, ge=60, description="a pod that runs longer is ended; waiting does not count")
     retries: int = Field(0, ge=0, le=10)
     retry_wait_s: int = Field(60, ge=1)
+    environment: dict[str, str] = Field(default_factory=dict, description="for this pool's pods")
 
     @model_validator(mode="after")
     def _requests_below_limits(self) -> Self:
@@ -128,7 +130,8 @@ class StoreAccess(Section):
     secure: bool = True
     region: str = "us-east-1"
     secret: Name = "avrt-store"
-    ca_config_map: Name | None = Field(None, description="config map with ca.crt, where the store has its own CA")
+    ca_config_map: Name | None = Field(None, description="config map with the CA, where the store has its own")
+    ca_key: str = Field("ca.crt", pattern=r"^[-._a-zA-Z0-9]+$", description="the config map's key")
 
 
 class TrackingAccess(Section):
@@ -172,7 +175,9 @@ class Profile(Section):
     tracking: TrackingAccess | None = None
     api_key_secret: Name | None = Field("avrt-api-key", description="secret with api_key, which the served model asks")
     secret_env: dict[str, dict[str, str]] = Field(
-        default_factory=dict, description="more secrets for all pods: name -> {key: environment variable}"
+        default_factory=dict,
+        description="more secrets, name -> {key: environment variable}: a variable that the configuration names "
+        "(api_key_env, git.token_env) is for the steps that need it, any other one for all pods",
     )
     environment: dict[str, str] = Field(default_factory=dict, description="for all pods: proxies, mirrors, NCCL")
     image_pull_secrets: list[Name] = Field(default_factory=list)
@@ -202,14 +207,26 @@ class Profile(Section):
 
     @model_validator(mode="after")
     def _no_secret_values(self) -> Self:
-        for name in self.environment:
-            if re.search(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY|API_KEY)", name):
-                raise ValueError(f"environment.{name} looks like a credential: name its secret in secret_env instead")
+        pools = {f"pools.{role}.environment": pool.environment for role, pool in self.pools.items()}
+        for key, variables in {"environment": self.environment, **pools}.items():
+            for name in variables:
+                if re.search(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY|API_KEY)", name):
+                    raise ValueError(f"{key}.{name} looks like a credential: name its secret in secret_env instead")
         return self
 
-    def pool(self, step: str) -> Pool:
-        """The pool of a step."""
-        return self.pools[role_of(step)]
+    def pool(self, step: str, endpoint: EngineConfig | None = None) -> Pool:
+        """The pool of a step.
+
+        Args:
+            step: a component's name.
+            endpoint: what the step asks, as ``endpoint_of`` tells. Its pods then go where CPU steps go, and keep the
+                timeout and the retries of the step's own pool.
+        """
+        own = self.pools[role_of(step)]
+        if endpoint is None:
+            return own
+        lifetime = own.model_dump(include={"timeout_s", "retries", "retry_wait_s"})
+        return self.pools["cpu"].model_copy(update=lifetime)
 
 
 def role_of(step: str) -> Role:
@@ -218,6 +235,24 @@ def role_of(step: str) -> Role:
         if step in steps:
             return role  # type: ignore[return-value]
     raise KeyError(step)
+
+
+def endpoint_of(config: Config, step: str, model: str = "") -> EngineConfig | None:
+    """The standing endpoint that a step asks in the place of an engine of its own.
+
+    Args:
+        config: the run's configuration.
+        step: a component's name.
+        model: of an evaluation: ``base``, ``sft`` or ``grpo``.
+    """
+    engines = {
+        "vision_teacher": config.teachers.vision.engine,
+        "audio_teacher": config.teachers.audio.engine,
+        "merger": config.merger.engine,
+        "evaluation": config.evaluation.endpoint if model == "base" else None,
+    }
+    engine = engines.get(step)
+    return engine if engine is not None and engine.kind == "endpoint" else None
 
 
 def find_profile(path: Path) -> Path:
@@ -263,7 +298,7 @@ def profile_of_pod() -> Profile | None:
 
 
 def secret_variables(profile: Profile) -> dict[str, dict[str, str]]:
-    """What the pods' environment takes from secrets: secret -> {key: variable}."""
+    """What the environment of a run's pods takes from secrets: secret -> {key: variable}."""
     found: dict[str, dict[str, str]] = {}
 
     def add(secret: str | None, keys: Mapping[str, str]) -> None:
@@ -276,7 +311,26 @@ def secret_variables(profile: Profile) -> dict[str, dict[str, str]]:
             profile.tracking.secret,
             {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"},
         )
-    add(profile.api_key_secret, {"api_key": "AVRT_API_KEY"})
+    add(profile.api_key_secret, {"api_key": API_KEY})
     for secret, keys in profile.secret_env.items():
         add(secret, keys)
     return found
+
+
+def step_secrets(profile: Profile, config: Config, step: str, model: str = "") -> dict[str, dict[str, str]]:
+    """What one step's pods take from secrets, as ``secret_variables``: no more than they need.
+
+    Preflight looks at all of them. The served model's key and git's token are deployment's, and an endpoint's key is
+    for the step that asks it. The rest is for every step: all of them report to the store and to MLflow.
+    """
+    found = secret_variables(profile)
+    if step == "preflight":
+        return found
+    asked = endpoint_of(config, step, model)
+    askers = (*ROLES["teacher"], *ROLES["merger"], *ROLES["evaluation"])
+    endpoints = [endpoint for each in askers if (endpoint := endpoint_of(config, each, "base"))]
+    deploying = {API_KEY, config.deployment.git.token_env}
+    own = deploying if step == "deployment" else {asked.api_key_env if asked else None}
+    others = (deploying | {endpoint.api_key_env for endpoint in endpoints}) - own
+    kept = {secret: {k: v for k, v in keys.items() if v not in others} for secret, keys in found.items()}
+    return {secret: keys for secret, keys in kept.items() if keys}

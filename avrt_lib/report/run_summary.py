@@ -41,7 +41,7 @@ def run(config: Config, *, workspace: Workspace, summary: Path, status: str, com
     write_config(folder.config_file, config)
     wanted = components.split(",")
     names = [name for each in instances(config, wanted).values() for name in each]
-    reports = run_reports.collect(config, names)
+    reports = run_reports.collect({name: _given(name, config) for name in names})
     failure = None
     if status != "COMPLETE":
         failure = {
@@ -63,3 +63,11 @@ def run(config: Config, *, workspace: Workspace, summary: Path, status: str, com
     tracking.end_parent(config, document)
     print(LINE + json.dumps(document, ensure_ascii=False, separators=(",", ":")), flush=True)
     return {"run_status": document["status"], "uri": uri, "run": os.environ.get(run_reports.RUN_ID)}
+
+
+def _given(instance: str, config: Config) -> Config | None:
+    """What a step instance is given of the configuration; None where its result is never taken again."""
+    from avrt_lib.steps import STEPS  # it stands above, and runs this module
+
+    step = STEPS[instance.partition("-")[0]]
+    return step.part(config) if step.repeatable else None

@@ -26,7 +26,7 @@ def audio_teacher(
         traces: the teacher's traces, one for each sample of the shard.
         metrics: counts of valid, correct and failed traces.
         shard: which shard, from 0.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

@@ -28,7 +28,7 @@ def deployment(
         grpo_model: the last trained checkpoint, served only where deployment.serve_unpromoted says so.
         check: the answers, their form and their latency, as JSON.
         metrics: whether the check passed, and the latencies.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

@@ -27,7 +27,7 @@ def evaluation(
         predictions: one row for each question and condition.
         metrics: accuracy, invalid answers and words on the test questions.
         role: what the model is in this run: base, sft or grpo.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

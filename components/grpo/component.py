@@ -24,7 +24,7 @@ def grpo(
         sft_model: the checkpoint that SFT wrote.
         model: the checkpoint in the layout that vLLM serves.
         metrics: steps, informative groups, KL, and change of the weights.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

@@ -22,7 +22,7 @@ def import_traces(
         samples: the samples that ingest wrote.
         merged: the merged traces, checked against the samples.
         source: where they are: s3://BUCKET/traces/SHA256, a folder, or a .jsonl file.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

@@ -22,7 +22,7 @@ def ingest(
     Args:
         samples: the table of samples, and beside it the table of dropped rows.
         metrics: samples, dropped rows, and samples by kind of question.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

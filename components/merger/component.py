@@ -28,7 +28,7 @@ def merger(
         audio_traces: the audio teacher's traces, one table for each shard.
         merged: the ledger with the merged reasoning of the kept samples, and the flags that the check found.
         metrics: the cells of the ledger, merged rows and flags.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

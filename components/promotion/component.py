@@ -32,7 +32,7 @@ def promotion(
         sft_model: the SFT checkpoint.
         grpo_model: the GRPO checkpoint.
         champion: the decision with its evidence, and the InferenceService manifest of the champion.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

@@ -20,7 +20,7 @@ def publish_traces(
     Args:
         merged: the merged traces.
         published: where they are, as JSON.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

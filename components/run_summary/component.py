@@ -24,7 +24,7 @@ def run_summary(
         status: how the run ended, as the backend tells an exit handler.
         summary: summary.json and report.html.
         components: the components that the pipeline is made of, separated by commas.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

@@ -9,7 +9,6 @@ from components.images import DEFAULT
 def sft(
     samples: dsl.Input[dsl.Dataset],
     merged: dsl.Input[dsl.Dataset],
-    validated: dsl.Input[dsl.Artifact],
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
     config: str,
@@ -23,10 +22,9 @@ def sft(
     Args:
         samples: the samples that ingest wrote.
         merged: the merged traces.
-        validated: the gate's report; it is not read, but without it training does not start.
         model: the checkpoint in the layout that vLLM serves.
         metrics: steps, loss and validation accuracy.
-        config: the run's configuration as JSON text.
+        config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
         image: identity of the container image; part of the cache key.

@@ -21,7 +21,7 @@ from components.sft import sft
 from components.vision_teacher import vision_teacher
 from pipelines.avrt import traces
 from pipelines.graph import Graph, sharded
-from pipelines.options import Options, config_parameter
+from pipelines.options import Options
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 #: As OpenShift runs a pod: an id that no image knows, group 0, no privileges. No network; only /tmp can be written.
@@ -59,17 +59,17 @@ def tiny() -> Config:
 
 def build(config: Config, images: Images) -> Any:
     """The pipeline function."""
-    options = Options.of(config, images)
+    options = Options(config, images)
     teachers = (sharded(vision_teacher, options), sharded(audio_teacher, options))
 
     @dsl.pipeline(name="container-half")
-    def half(config: str, pipeline_image: str, train_image: str, vllm_image: str, work: str = "") -> None:
-        common = {"config": config, "work": work, "data_hash": "", "library_version": __version__}
+    def half(pipeline_image: str, train_image: str, vllm_image: str, work: str = "") -> None:
+        common = {"work": work, "data_hash": "", "library_version": __version__}
         graph = Graph(options, common, {"pipeline": pipeline_image, "train": train_image, "vllm": vllm_image})
         samples = graph.task(ingest).outputs["samples"]
-        merged = traces(graph, samples, *teachers)
+        merged = traces(graph, samples, *teachers).outputs["merged"]
         gate = graph.task(data_validation, samples=samples, merged=merged)
-        graph.task(sft, samples=samples, merged=merged, validated=gate.outputs["report"])
+        graph.task(sft, samples=samples, merged=merged).after(gate)
 
     return half
 
@@ -82,7 +82,7 @@ def main() -> None:
     config = tiny()
     local.init(local.DockerRunner(**CONTAINER), pipeline_root=str(root), enable_caching=False)
     references = {"pipeline_image": images.pipeline, "train_image": images.train, "vllm_image": images.vllm}
-    build(config, images)(config=config_parameter(config), **references)
+    build(config, images)(**references)
 
 
 if __name__ == "__main__":

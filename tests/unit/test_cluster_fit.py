@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from kubernetes import client
+from pydantic import ValidationError
 
 from avrt_lib.cluster.profile import Pool, Profile, load_profile, secret_variables
 from avrt_lib.config import load
 from avrt_lib.preflight.checks import Check
-from avrt_lib.preflight.cluster import _quota, retry_policy
+from avrt_lib.preflight.cluster import _objects, _quota, retry_policy
 from avrt_lib.preflight.fit import fit
 from avrt_lib.preflight.nodes import pool_check
 
@@ -79,6 +81,14 @@ def test_an_engine_gets_the_gpus_that_it_runs_on(gpus: int, status: str | None) 
         assert "set pools.teacher.gpus to 2" in check.mend
 
 
+@pytest.mark.parametrize(("processes", "status"), [(16, "failed"), (8, None), (None, None)])
+def test_training_gets_the_gpus_that_its_processes_run_on(processes: int | None, status: str | None) -> None:
+    check = checked(profile("onprem-h100"), **{"sft.processes": processes}).get("GPUs sft")
+    assert (check.status if check else None) == status
+    if check:
+        assert check.mend == "set pools.training.gpus to 16, or sft.processes lower"
+
+
 def test_a_cuda_build_of_vllm_needs_a_gpu_unless_an_endpoint_answers() -> None:
     cuda = Profile.model_validate(profile().model_dump() | {"build": "cuda"})
     named = set(failing(checked(cuda)))
@@ -114,6 +124,25 @@ def test_secrets_are_named_once_with_all_their_keys() -> None:
         "session": "TOKEN",
     }
     assert variables["hub"] == {"token": "HF_TOKEN"}
+
+
+@pytest.mark.parametrize(("key", "status"), [("service-ca.crt", "ok"), ("ca.crt", "failed")])
+def test_the_stores_ca_has_the_key_that_the_profile_names(key: str, status: str) -> None:
+    # OpenShift's service CA operator writes service-ca.crt.
+    found = client.V1ConfigMap(data={"service-ca.crt": "-----BEGIN CERTIFICATE-----"})
+    cluster: Any = SimpleNamespace(inside=True, core=client.CoreV1Api(), ask=lambda *_: found)
+    place = profile(store={"ca_config_map": "openshift-service-ca.crt", "ca_key": key})
+    (check,) = _objects(cluster, place)
+    assert check.status == status
+    assert profile("openshift-ai").store.ca_key == "service-ca.crt"
+
+
+def test_no_environment_holds_a_credential() -> None:
+    pools = {"teacher": profile().pools["teacher"].model_dump() | {"environment": {"HF_TOKEN": "x"}}}
+    with pytest.raises(ValidationError, match=r"pools\.teacher\.environment\.HF_TOKEN looks like a credential"):
+        profile(pools=pools)
+    with pytest.raises(ValidationError, match=r"environment\.GIT_PASSWORD looks like a credential"):
+        profile(environment={"GIT_PASSWORD": "x"})
 
 
 def node(name: str = "n1", *, labels: dict[str, str] | None = None, taints: Any = (), **has: str) -> client.V1Node:

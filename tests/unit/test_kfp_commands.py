@@ -221,11 +221,34 @@ def test_what_is_submitted_is_what_the_profile_says(api: KfpApi, capsys: pytest.
     assert (run["display_name"], run["service_account"]) == ("x", "pipeline-runner")
     assert [each["display_name"] for each in api.experiments.values()] == ["avrt"]
     assert "platforms" in run["pipeline_spec"]["platform_spec"]
-    root = run["pipeline_spec"]["pipeline_spec"]["root"]
-    config = json.loads(root["inputDefinitions"]["parameters"]["config"]["defaultValue"])
+    config = json.loads(constant(run, "preflight", "config"))
     assert config["seed"] == 7
     # --set comes after the profile's overrides
     assert (config["deployment"]["target"], config["deployment"]["memory"]) == ("kserve", "3Gi")
+
+
+def constant(run: dict[str, Any], task: str, parameter: str) -> str:
+    """What a task of a submitted run is given."""
+    spec = run["pipeline_spec"]["pipeline_spec"]
+    tasks = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    return str(tasks[task]["inputs"]["parameters"][parameter]["runtimeValue"]["constant"])
+
+
+def test_data_that_the_cluster_alone_sees_gets_its_identity_from_the_user(
+    api: KfpApi, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = "{format: manifest, path: /data/mine.csv}"
+    settings = [f"data.{name}={source}" for name in ("train", "validation", "test")]
+    options = ["--detach", "--no-checks", *(part for each in settings for part in ("--set", each))]
+    for more in ([], ["--data-hash", "v3"]):
+        code, _, err = submit(capsys, api, *options, *more)
+        assert code == 0, err
+    hashes, cached = [], []
+    for run in api.runs.values():
+        spec = run["pipeline_spec"]["pipeline_spec"]
+        hashes.append(spec["root"]["inputDefinitions"]["parameters"]["data_hash"]["defaultValue"])
+        cached.append("ingest" in cached_tasks(spec))
+    assert (hashes, cached) == (["", "v3"], [False, True])
 
 
 def cached_tasks(spec: dict[str, Any]) -> set[str]:
@@ -417,6 +440,52 @@ def test_a_pod_that_cannot_be_made_waits_too(cluster: KubernetesApi) -> None:
     nodes = [{"id": "n", "name": "w.root.sft(0).executor(0)", "type": "Pod", "phase": "Pending", "message": quota}]
     (waiting,) = pods.Pods("kubeflow").waiting("a-run", nodes)
     assert (waiting.task, waiting.reason) == ("sft", quota)
+
+
+def on_gpus(found: dict[str, Any], *, node: str | None = None, resource: str = "nvidia.com/gpu") -> dict[str, Any]:
+    """A pod that asks for a GPU, and has one where it has a node."""
+    found["spec"]["containers"][0]["resources"] = {"limits": {resource: "1", "memory": "1Gi"}}
+    found["spec"] |= {"nodeSelector": {"pool": "h100"}} | ({"nodeName": node} if node else {})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "held"),
+    [
+        ({}, True),
+        ({"phase": "Succeeded"}, False),
+        ({"node": None, "phase": "Pending"}, False),
+        ({"resource": "nvidia.com/mig-3g.40gb"}, False),
+        ({"message": "0/1 nodes are available: 1 Insufficient cpu."}, False),
+        ({"selector": {"pool": "l4"}}, False),
+    ],
+)
+def test_a_pod_may_wait_for_the_gpus_that_its_own_run_has(
+    cluster: KubernetesApi, change: dict[str, Any], held: bool
+) -> None:
+    conditions = [UNSCHEDULABLE[0] | {"message": change.get("message", GPU)}]
+    other = on_gpus(
+        pod("vision-teacher", phase=change.get("phase", "Running")),
+        node=change.get("node", "node-1"),
+        resource=change.get("resource", "nvidia.com/gpu"),
+    )
+    other["spec"]["nodeSelector"] = change.get("selector", {"pool": "h100"})
+    cluster.pods = [on_gpus(pod("audio-teacher", conditions=conditions)), other]
+    found = {each.task: each for each in pods.Pods("kubeflow").waiting("a-run")}
+    assert found["audio-teacher"].held == held
+    assert ("other steps of the run have the GPUs" in found["audio-teacher"].reason) == held
+
+
+def test_without_access_to_pods_nothing_waits_too_long_while_another_step_runs(
+    api: KfpApi, cluster: KubernetesApi, capsys: pytest.CaptureFixture[str], spec: dict[str, Any]
+) -> None:
+    cluster.forbidden = True
+    api.frames = [("FAILED", {})]
+    busy = ("RUNNING", {"preflight": "succeeded", "sft": "pending", "evaluation": "running"})
+    api.after_retry = [busy] * 60 + [("SUCCEEDED", SUCCEEDED)]
+    code, _, err = retried(capsys, api, api.add_run(spec))
+    assert code == 0, err
+    assert not api.asked("POST", r"/runs/[^/]+:terminate")
 
 
 def test_while_kueue_holds_a_pod_no_time_passes(

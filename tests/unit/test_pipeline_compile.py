@@ -13,11 +13,11 @@ import yaml
 
 from avrt_lib import __version__
 from avrt_lib.cluster.profile import load_profile
-from avrt_lib.config import load
+from avrt_lib.config import from_json, load
 from avrt_lib.errors import ConfigError
 from avrt_lib.steps import STEPS
 from pipelines.compile import PIPELINES, compile_pipeline
-from pipelines.options import MAX_CONFIG_BYTES, Options, config_parameter
+from pipelines.options import MAX_CONFIG_BYTES, config_parameter
 
 ROOT = Path(__file__).parents[2]
 MINIATURE = ROOT / "configs" / "miniature.yaml"
@@ -141,6 +141,56 @@ def test_training_waits_for_the_gate_and_the_gate_for_the_base(compiled: dict[st
     assert parameters["role"]["runtimeValue"]["constant"] == "base"
 
 
+def test_the_base_waits_for_the_merger_and_so_takes_no_gpu_beside_the_teachers(compiled: dict[str, Any]) -> None:
+    tasks = compiled["root"]["dag"]["tasks"]
+    assert "merger" in tasks["evaluation"]["dependentTasks"]
+    assert {"vision-teacher-shards", "audio-teacher-shards"} <= set(tasks["merger"]["dependentTasks"])
+
+
+def _texts(document: dict[str, Any]) -> dict[str, str]:
+    """The configuration that each task is given."""
+    dags = [document["root"], *document["components"].values()]
+    tasks = {name: task for each in dags for name, task in each.get("dag", {}).get("tasks", {}).items()}
+    given = {name: task.get("inputs", {}).get("parameters", {}).get("config") for name, task in tasks.items()}
+    return {name: config["runtimeValue"]["constant"] for name, config in given.items() if config}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "touched"),
+    [
+        ("grpo.learning_rate", 3e-6, {"grpo"}),
+        ("merger.max_words", 300, {"ingest", "merger", "data-validation"}),
+        ("teachers.vision.engine.temperature", 0.5, {"vision-teacher", "audio-teacher"}),
+        ("validation.minimum_rows", 20, {"data-validation"}),
+        ("name", "another", set()),
+        ("deployment.memory", "5Gi", set()),
+    ],
+)
+def test_a_change_of_the_configuration_touches_the_steps_that_it_concerns(
+    compiled: dict[str, Any], tmp_path: Path, key: str, value: object, touched: set[str]
+) -> None:
+    before = _texts(compiled)
+    compile_pipeline(load(MINIATURE, {key: value}), tmp_path / "p.yaml")
+    after = _texts(yaml.safe_load((tmp_path / "p.yaml").read_text(encoding="utf-8")))
+    everything = {"preflight", "promotion", "deployment"}  # these get all of it, and are never cached
+    assert {name for name, text in after.items() if text != before[name]} == touched | everything
+    assert len(after) == len(STEPS_OF["avrt"]) + 2  # three evaluations
+
+
+def test_each_task_can_read_what_it_is_given(compiled: dict[str, Any]) -> None:
+    whole = load(MINIATURE)
+    for name, text in _texts(compiled).items():
+        step = STEPS[_step(name)]
+        given = from_json(text)
+        assert given == step.part(whole), name
+        assert all(getattr(given, section) == getattr(whole, section) for section in step.sections)
+
+
+def test_a_section_that_a_step_does_not_list_cannot_be_read(compiled: dict[str, Any]) -> None:
+    with pytest.raises(AttributeError, match="no attribute 'grpo'"):
+        from_json(_texts(compiled)["sft"]).grpo  # noqa: B018 - reading it is what is tested
+
+
 def test_checks_and_publishing_are_never_taken_from_a_cache(compiled: dict[str, Any]) -> None:
     tasks = compiled["root"]["dag"]["tasks"]
     uncached = {name for name, task in tasks.items() if "cachingOptions" in task and not task["cachingOptions"]}
@@ -156,12 +206,9 @@ def test_shards_come_from_the_configuration(tmp_path: Path, shards: int) -> None
     items = ", ".join(map(str, range(shards)))
     assert text.count(f"raw: '[{items}]'") == 2
     assert text.count("parallelismLimit: 3") == 2
-    assert Options.of(config).shards == shards
 
 
 def test_the_configuration_travels_as_a_parameter_that_the_local_runner_does_not_change() -> None:
-    from avrt_lib.config import from_json
-
     config = load(MINIATURE, {"student.model": "/opt/python3/model"})
     text = config_parameter(config)
     assert "python3" not in text
@@ -170,5 +217,5 @@ def test_the_configuration_travels_as_a_parameter_that_the_local_runner_does_not
 
 def test_a_configuration_that_is_too_large_to_travel_is_refused() -> None:
     config = load(MINIATURE, {"student.model": "m" * MAX_CONFIG_BYTES})
-    with pytest.raises(ConfigError, match="only 90000 can travel"):
+    with pytest.raises(ConfigError, match="only 15000 can travel"):
         config_parameter(config)

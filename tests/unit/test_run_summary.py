@@ -12,7 +12,7 @@ import pytest
 from avrt_lib import store
 from avrt_lib.config import Config, load
 from avrt_lib.report.run_summary import LINE
-from avrt_lib.steps import FAILURE_LINE, run_step
+from avrt_lib.steps import FAILURE_LINE, STEPS, run_step
 from avrt_lib.store import LocalObjectServer, run_reports
 from avrt_lib.store.objects import read_object
 from tests import tiny_models
@@ -48,6 +48,11 @@ def report(status: str = "succeeded", *, started: float = 100.0, **facts: Any) -
     return {"status": status, "seconds": 2.5, "started": started, "failure": None, "facts": facts}
 
 
+def keep(settings: Config, instance: str, found: dict[str, Any]) -> None:
+    """Put the report of a step that was given its part of the configuration."""
+    run_reports.put(STEPS[instance.partition("-")[0]].part(settings), instance, found)
+
+
 def summarise(settings: Config, folder: Path, status: str, components: str = COMPONENTS) -> dict[str, Any]:
     """Run the step, and return summary.json."""
     run_step(
@@ -71,8 +76,8 @@ def test_steps_that_ran_make_a_summary(
 ) -> None:
     settings = config(1)
     for instance in ("preflight", "ingest"):
-        run_reports.put(settings, instance, report(samples={"train": 3}))
-    run_reports.put(settings, "evaluation-base", report(accuracy=0.5, n=4))
+        keep(settings, instance, report(samples={"train": 3}))
+    keep(settings, "evaluation-base", report(accuracy=0.5, n=4))
     summary = summarise(settings, tmp_path, "COMPLETE")
     assert (summary["status"], summary["failure"]) == ("succeeded", None)
     assert summary["steps"]["ingest"] == {"seconds": 2.5, "status": "succeeded"}
@@ -91,21 +96,57 @@ def test_steps_that_ran_make_a_summary(
 
 def test_steps_that_the_cache_answered_are_in_the_summary_too(in_pod: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = config(2)
-    run_reports.put(settings, "ingest", report(samples={"train": 3}))
-    run_reports.put(settings, "evaluation-base", report(accuracy=0.25))
+    keep(settings, "ingest", report(samples={"train": 3}))
+    keep(settings, "evaluation-base", report(accuracy=0.25))
     in_pod.setenv("AVRT_RUN_ID", "run-2")
-    run_reports.put(settings, "preflight", report())
+    keep(settings, "preflight", report())
     summary = summarise(settings, tmp_path, "COMPLETE")
     assert summary["status"] == "succeeded"
     assert summary["models"]["base"]["accuracy"] == 0.25
-    found = run_reports.collect(settings, ["preflight", "ingest"])
+    found = run_reports.collect({"preflight": None, "ingest": STEPS["ingest"].part(settings)})
     assert ["cached" in found[name] for name in ("preflight", "ingest")] == [False, True]
+
+
+def test_what_the_cache_answers_is_what_took_the_outputs_of_this_run(in_pod: pytest.MonkeyPatch) -> None:
+    """Of two results of one step with the same settings, that of the other data is not this run's."""
+    settings = config(8)
+    names = ("ingest", "merger", "data_validation", "sft")
+    parts = {name: STEPS[name].part(settings) for name in names}
+    for data in ("a", "b"):
+        in_pod.setenv("AVRT_RUN_ID", f"run-{data}")
+        took: list[str] = []
+        for name in names:
+            made = [f"{name}-{data}"]
+            keep(settings, name, report(data=data) | {"took": took, "made": made})
+            took = made
+    in_pod.setenv("AVRT_RUN_ID", "run-c")
+    keep(settings, "ingest", report() | {"took": [], "made": ["ingest-a"]})
+    found = run_reports.collect(parts)
+    assert list(found) == list(names)
+    assert {found[name]["facts"].get("data") for name in names[1:]} == {"a"}
+    assert ["cached" in found[name] for name in names] == [False, True, True, True]
+    in_pod.setenv("AVRT_RUN_ID", "run-d")
+    keep(settings, "ingest", report() | {"took": [], "made": ["ingest-new"]})
+    assert list(run_reports.collect(parts)) == ["ingest"]
+
+
+def test_a_change_leaves_the_reports_of_the_steps_that_it_does_not_concern(
+    in_pod: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keep(config(9), "ingest", report(samples={"train": 3}))
+    keep(config(9), "promotion", report())
+    in_pod.setenv("AVRT_RUN_ID", "run-9")
+    changed = load(MINIATURE, {"seed": 9, "teachers.shards": 1, "grpo.learning_rate": 0.5})
+    summary = summarise(changed, tmp_path, "FAILED", "ingest,promotion")
+    assert summary["steps"]["ingest"]["status"] == "succeeded"
+    # A step with outside effects is never taken from a cache, so another run's is not this one's.
+    assert summary["steps"]["promotion"]["status"] == "skipped"
 
 
 @pytest.mark.parametrize("change", ["data", "config"])
 def test_what_the_cache_would_not_answer_is_not_taken(in_pod: pytest.MonkeyPatch, tmp_path: Path, change: str) -> None:
     settings = config(3)
-    run_reports.put(settings, "ingest", report())
+    keep(settings, "ingest", report())
     in_pod.setenv("AVRT_RUN_ID", "run-3")
     if change == "data":
         in_pod.setenv("AVRT_DATA_HASH", "4567")
