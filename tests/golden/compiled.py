@@ -1,4 +1,4 @@
-"""Compiled pipelines for tests, and the golden outlines of two of them.
+"""Compiled pipelines for tests, and the golden outlines of the miniature's for every profile.
 
 ``python -m tests.golden.compiled`` writes the outlines anew; look at what changed before committing them. With a folder
 as its argument it compiles everything there instead.
@@ -26,7 +26,7 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 PROFILES = sorted(path.stem for path in (ROOT / "configs" / "clusters").glob("*.yaml"))
 #: What is built on this machine does not matter to these tests.
 IMAGES = Images(*(f"registry.example.com/avrt/{name}:1" for name in ("pipeline", "train", "vllm")))
-GOLDEN = {name: Path(__file__).parent / f"miniature-{name}.yaml" for name in ("test", "onprem-h100")}
+GOLDEN = {name: Path(__file__).parent / f"miniature-{name}.yaml" for name in PROFILES}
 
 
 class Case(NamedTuple):
@@ -80,11 +80,11 @@ def profile_of(name: str) -> Profile:
     return load_profile(ROOT / "configs" / "clusters" / f"{name}.yaml")
 
 
-def compile_case(case: Case, output: Path, **settings: Any) -> None:
+def compile_case(case: Case, output: Path, *, data_hash: str = "0123", **settings: Any) -> None:
     """Compile one case as `avrt compile` does, with further settings of the configuration."""
     profile = profile_of(case.profile)
     config = load(ROOT / "configs" / f"{case.config}.yaml", profile.overrides | settings)
-    compile_pipeline(config, output, IMAGES, profile, data_hash="0123", pipeline=case.pipeline)
+    compile_pipeline(config, output, IMAGES, profile, data_hash=data_hash, pipeline=case.pipeline)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,18 +11,24 @@ from typing import Any
 
 import pytest
 
-from avrt_lib.cluster.profile import ROLES, Pool, Profile, amount
+from avrt_lib.cluster.profile import ROLES, Pool, Profile, amount, step_secrets
+from avrt_lib.config import load
 from avrt_lib.steps import STEPS
+from pipelines.compile import compile_pipeline
 from tests.golden.compiled import (
     CONFIGS,
     GOLDEN,
     IMAGES,
     PROFILES,
+    ROOT,
     Case,
+    Compiled,
     cases,
+    compile_case,
     compiled,
     compiled_bytes,
     profile_of,
+    read,
     render,
     step_of,
 )
@@ -116,26 +123,96 @@ def test_timeouts_end_what_hangs(case: Case) -> None:
 
 
 @every_case
-def test_secrets_come_by_name(case: Case) -> None:
+def test_secrets_come_by_name_to_whom_they_concern(case: Case) -> None:
     profile = profile_of(case.profile)
-    expected = {profile.store.secret: {"access_key": "AVRT_S3_ACCESS_KEY", "secret_key": "AVRT_S3_SECRET_KEY"}}
+    usual = {profile.store.secret: {"access_key": "AVRT_S3_ACCESS_KEY", "secret_key": "AVRT_S3_SECRET_KEY"}}
     if profile.tracking and profile.tracking.secret:
-        expected[profile.tracking.secret] = {
+        usual[profile.tracking.secret] = {
             "username": "MLFLOW_TRACKING_USERNAME",
             "password": "MLFLOW_TRACKING_PASSWORD",
         }
-    if profile.api_key_secret:
-        expected[profile.api_key_secret] = {"api_key": "AVRT_API_KEY"}
-    expected |= profile.secret_env
+    deploying = {"avrt-api-key": {"api_key": "AVRT_API_KEY"}, **profile.secret_env}
+    assert set(profile.secret_env) <= {"avrt-git"}
     for step, _, _, placed in executors(case):
-        found = {
-            each["secretName"]: {key["secretKey"]: key["envVar"] for key in each["keyToEnv"]}
-            for each in placed["secretAsEnv"]
-        }
-        assert found == expected, step
+        expected = usual | (deploying if step in ("preflight", "deployment") else {})
+        assert secrets(placed) == expected, step
         optional = {each["secretName"] for each in placed["secretAsEnv"] if each["optional"]}
         lenient = step in ("preflight", "run_summary")  # they say what is missing, so they must start without it
-        assert optional == (set(expected) if lenient else {profile.api_key_secret}), step
+        assert optional == (set(expected) if lenient else {"avrt-api-key"} & set(expected)), step
+
+
+def secrets(placed: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The variables that an executor takes from secrets: secret -> {key: variable}."""
+    return {
+        each["secretName"]: {key["secretKey"]: key["envVar"] for key in each["keyToEnv"]}
+        for each in placed["secretAsEnv"]
+    }
+
+
+def changed(profile: str, changes: dict[str, Any], settings: dict[str, Any], folder: Path) -> Compiled:
+    """The miniature, with changes of the profile and settings of the configuration."""
+    document = profile_of(profile).model_dump()
+    place = Profile.model_validate(document | changes)
+    config = load(ROOT / "configs" / "miniature.yaml", place.overrides | settings)
+    compile_pipeline(config, folder / "p.yaml", IMAGES, place)
+    return read((folder / "p.yaml").read_bytes())
+
+
+ENDPOINT = {"kind": "endpoint", "model": "m", "base_url": "http://teacher.models.svc/v1"}
+
+
+def test_a_step_that_asks_an_endpoint_takes_no_gpu_and_alone_gets_its_key(tmp_path: Path) -> None:
+    asked = {"teachers.vision.engine": {**ENDPOINT, "api_key_env": "TEACHER_KEY"}, "evaluation.endpoint": ENDPOINT}
+    secret_env = {"teachers": {"key": "TEACHER_KEY"}, "others": {"key": "PROXY_LOGIN"}}
+    found = changed("onprem-h100", {"secret_env": secret_env}, asked, tmp_path)
+    profile = profile_of("onprem-h100")
+    tasks = {task["taskInfo"]["name"]: executor for executor, task, _ in found.tasks()}
+    for task in ("vision-teacher", "evaluation-base"):
+        placed, container = found.placed[tasks[task]], found.executors[tasks[task]]
+        assert placed["nodeSelector"]["labels"] == profile.pools["cpu"].node_selector
+        assert "accelerator" not in container["resources"], task
+        assert "tolerations" not in placed, "the taint of GPU nodes keeps it away"
+        # It works as long as with an engine of its own.
+        assert placed["activeDeadlineSeconds"] == str(profile.pools["teacher"].timeout_s)
+    for task in ("audio-teacher", "merger", "evaluation-sft", "evaluation-grpo"):
+        assert found.executors[tasks[task]]["resources"]["accelerator"]["resourceCount"] == "1", task
+    with_key = {task for task, executor in tasks.items() if "teachers" in secrets(found.placed[executor])}
+    assert with_key == {"vision-teacher", "preflight"}
+    assert all("others" in secrets(found.placed[executor]) for executor in tasks.values()), "nothing says whose it is"
+
+
+def test_of_one_secret_a_step_gets_the_keys_that_it_needs() -> None:
+    document = profile_of("gke").model_dump() | {"secret_env": {"all": {"token": "GIT_TOKEN", "other": "OTHER"}}}
+    profile = Profile.model_validate(document)
+    config = load(ROOT / "configs" / "miniature.yaml", profile.overrides)
+    assert step_secrets(profile, config, "sft")["all"] == {"other": "OTHER"}
+    assert step_secrets(profile, config, "deployment")["all"] == {"token": "GIT_TOKEN", "other": "OTHER"}
+
+
+def test_pods_are_told_the_bucket_of_the_configuration_and_the_key_of_the_ca(tmp_path: Path) -> None:
+    profile = profile_of("onprem-h100")
+    store = {**profile.store.model_dump(), "ca_key": "service-ca.crt"}
+    found = changed("onprem-h100", {"store": store}, {"store.bucket": "models"}, tmp_path)
+    for container in found.executors.values():
+        values = {each["name"]: each.get("value", "") for each in container["env"]}
+        assert values["AVRT_S3_BUCKET"] == "models"
+        assert values["AVRT_S3_CA_FILE"] == "/etc/avrt-store-ca/service-ca.crt"
+
+
+def test_engines_side_by_side_have_a_thread_each_on_two_cores() -> None:
+    for step, _, container, _ in executors(Case("test", "miniature")):
+        threads = {each["name"]: each.get("value") for each in container["env"]}.get("OMP_NUM_THREADS")
+        engine = step in ("vision_teacher", "audio_teacher", "evaluation")
+        assert threads == ("1" if engine else None), step
+
+
+def test_data_that_only_the_cluster_sees_is_read_anew_unless_it_has_an_identity(tmp_path: Path) -> None:
+    cached = {}
+    for data_hash in ("", "v3"):
+        compile_case(Case("test", "miniature"), tmp_path / "p.yaml", data_hash=data_hash)
+        tasks = read((tmp_path / "p.yaml").read_bytes()).tasks()
+        (cached[data_hash],) = (task["cachingOptions"] for executor, task, _ in tasks if executor == "exec-ingest")
+    assert cached == {"": {}, "v3": {"enableCache": True}}
 
 
 @every_case
@@ -148,7 +225,8 @@ def test_the_environment_names_store_tracking_and_run(case: Case) -> None:
         assert values["AVRT_RUN_REPORTS"] == "store", step
         assert values["AVRT_DATA_HASH"] == "0123", step
         assert values.get("MLFLOW_TRACKING_URI") == (profile.tracking.uri if profile.tracking else None), step
-        assert profile.environment.items() <= values.items(), step
+        assert (profile.environment | profile.pool(step).environment).items() <= values.items(), step
+        assert values["AVRT_S3_BUCKET"] == "avrt", step
         (field,) = placed["fieldPathAsEnv"]
         assert field == {"name": "AVRT_RUN_ID", "fieldPath": "metadata.labels['pipeline/runid']"}, step
 
@@ -200,9 +278,9 @@ def test_only_steps_with_outside_effects_are_never_cached(case: Case) -> None:
 
 @every_case
 def test_parameters_stay_below_what_argo_carries(case: Case) -> None:
-    parameters = compiled(case).ir["root"]["inputDefinitions"]["parameters"]
-    size = sum(len(str(each.get("defaultValue", "")).encode()) for each in parameters.values())
-    assert 0 < size < 100_000
+    graphs = [each for each in compiled(case).ir["components"].values() if "dag" in each]
+    assert graphs
+    assert max(len(json.dumps(each)) for each in graphs) < 100_000, "its driver gets all of it"
 
 
 @pytest.mark.parametrize("profile", GOLDEN)
