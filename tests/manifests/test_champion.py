@@ -94,7 +94,7 @@ def published(core: client.CoreV1Api, running: Cluster, made: dict[str, Path], c
     name, key = config.promotion.model_name, secret(running, "avrt-store")
     with forwarded(NAMESPACE, "service/avrt-store", 8333) as endpoint, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AVRT_S3_ENDPOINT", endpoint)
-        patch.setenv("AVRT_S3_SECURE", "false")
+        patch.setenv("AVRT_S3_SECURE", "0")
         patch.setenv("AVRT_S3_ACCESS_KEY", key["access_key"])
         patch.setenv("AVRT_S3_SECRET_KEY", key["secret_key"])
         return {role: publish_model(made[role], name, config.store).uri for role in ("sft", "grpo")}
