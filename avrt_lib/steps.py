@@ -185,10 +185,16 @@ def run_step(
                 f"The pipeline was compiled with avrt {library_version}, but this image holds avrt {__version__}: "
                 "compile the pipeline again, or name images of its version."
             )
-        workspace = Workspace(root, instance, shared / "scratch" / instance / _key(step, settings, paths, given))
+        processes = _processes(name, settings)
+        key = _key(step, settings, paths, {**given, "processes": processes} if processes > 1 else given)
+        workspace = Workspace(root, instance, shared / "scratch" / instance / key)
         workspace.report(status="running", seconds=None, started=started, failure=None, facts={})
         done = workspace.scratch / DONE
         reused = step.repeatable and done.exists()
+        if processes > 1 and not reused and "RANK" not in os.environ:
+            from avrt_lib.training import launch
+
+            return launch.run(processes, name, config=settings, workspace=workspace, inputs=paths, outputs=outputs)
         if reused:
             facts: dict[str, Any] = read_json(done)["facts"]
             log.info("%s: finished before with the same inputs; taken from %s", instance, workspace.scratch)
@@ -257,6 +263,15 @@ def run_step(
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _processes(name: str, config: Config) -> int:
+    """How many processes run a step. Only training may have more than one, and only there torch is looked for."""
+    if STEPS[name].image != "train":
+        return 1
+    from avrt_lib.training import launch
+
+    return launch.processes(name, config)
 
 
 def scalars(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -44,6 +44,8 @@ def arguments(
 ) -> dict[str, Any]:
     """Keyword arguments that SFTConfig and GRPOConfig have in common."""
     on_gpu = torch.cuda.is_available()
+    if torch.cuda.device_count() > 1:
+        deepspeed.prepare_process()  # transformers spreads a process without a rank over all GPUs it sees
     return {
         "output_dir": str(output),
         "max_steps": max_steps,

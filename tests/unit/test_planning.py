@@ -178,6 +178,19 @@ def test_groups_that_do_not_fill_a_step_are_said() -> None:
     assert any("whole groups" in warning for warning in warnings)
 
 
+def test_the_papers_batch_is_that_of_the_configured_processes() -> None:
+    assert "steps of 32 rows" in plan("avrt-3b").needs["sft"].note
+
+
+def test_without_a_number_of_processes_there_is_one_for_each_gpu() -> None:
+    made = plan(changes={"sft__processes": None}, training_gpus=4)
+    assert "steps of 16 rows" in made.needs["sft"].note
+
+
+def test_processes_that_are_not_as_many_as_the_gpus_are_said() -> None:
+    assert "sft.processes is 8, but the step gets 4 GPUs." in plan(training_gpus=4).warnings
+
+
 def test_an_unknown_model_is_said_and_left_out() -> None:
     made = plan(changes={"merger__engine__model": "/no/such/merger"})
     assert any(warning.startswith("/no/such/merger") for warning in made.warnings)
