@@ -92,8 +92,8 @@ class TrainingError(AvrtError):
     exit_code = 9
 
 
-class InterruptedTraining(AvrtError):
-    """SIGTERM arrived: a checkpoint is saved and the same step goes on from it when it is started again."""
+class InterruptedStep(AvrtError):
+    """SIGTERM arrived: the step ended early, and goes on from what it has saved when it is started again."""
 
     code = "interrupted"
     exit_code = 75

@@ -16,13 +16,14 @@ class Interrupted(BaseException):
 
 
 @contextlib.contextmanager
-def signals_raise() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into ``Interrupted`` within the block."""
+def signals_raise(*numbers: signal.Signals) -> Iterator[None]:
+    """Turn signals (SIGINT, SIGTERM and SIGHUP if none is given) into ``Interrupted`` within the block."""
+    numbers = numbers or (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def interrupt(number: int, _: object) -> None:
         raise Interrupted(number)
 
-    earlier = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    earlier = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:

@@ -7,13 +7,16 @@ wants them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
 import logging
 import math
 import os
+import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -26,7 +29,8 @@ from typing import Any
 
 from avrt_lib import __version__, tracking
 from avrt_lib.config import Config, from_json
-from avrt_lib.errors import AvrtError, DiskFullError, EnvironmentProblem, OutputMissingError
+from avrt_lib.errors import AvrtError, DiskFullError, EnvironmentProblem, InterruptedStep, OutputMissingError
+from avrt_lib.run_signals import Interrupted, signals_raise
 from avrt_lib.store import run_reports
 from avrt_lib.tables import MANIFEST, hash_folder, place_folder, read_json, write_json
 from avrt_lib.workspace import Workspace, log_to_file
@@ -36,6 +40,12 @@ log = logging.getLogger("avrt")
 DONE = "done.json"
 #: A failed step's log has one such line, which `avrt submit` reads: the backend's API tells nothing of errors.
 FAILURE_LINE = "avrt-failure: "
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+#: How libraries tell it: some with the system's words; torch, when a write failed, without a reason.
+_NO_SPACE_TEXT = re.compile(
+    "|".join(map(os.strerror, _NO_SPACE))
+    + r"|PytorchStreamWriter failed|unexpected pos \d+ vs \d+|basic_ios::clear: iostream error"
+)
 
 
 @dataclass(frozen=True)
@@ -180,61 +190,62 @@ def run_step(
     paths = {k: [Path(p) for p in v] if isinstance(v, list | tuple) else Path(v) for k, v in inputs.items() if v}  # type: ignore[arg-type]
     workspace = Workspace(root, instance, shared / "scratch" / instance)
     try:
-        if library_version not in ("", __version__):
-            raise EnvironmentProblem(
-                f"The pipeline was compiled with avrt {library_version}, but this image holds avrt {__version__}: "
-                "compile the pipeline again, or name images of its version."
-            )
-        processes = _processes(name, settings)
-        key = _key(step, settings, paths, {**given, "processes": processes} if processes > 1 else given)
-        workspace = Workspace(root, instance, shared / "scratch" / instance / key)
-        workspace.report(status="running", seconds=None, started=started, failure=None, facts={})
-        done = workspace.scratch / DONE
-        reused = step.repeatable and done.exists()
-        if processes > 1 and not reused and "RANK" not in os.environ:
-            from avrt_lib.training import launch
+        with signals_raise(signal.SIGTERM):
+            if library_version not in ("", __version__):
+                raise EnvironmentProblem(
+                    f"The pipeline was compiled with avrt {library_version}, but this image holds avrt {__version__}: "
+                    "compile the pipeline again, or name images of its version."
+                )
+            processes = _processes(name, settings)
+            key = _key(step, settings, paths, {**given, "processes": processes} if processes > 1 else given)
+            workspace = Workspace(root, instance, shared / "scratch" / instance / key)
+            workspace.report(status="running", seconds=None, started=started, failure=None, facts={})
+            done = workspace.scratch / DONE
+            reused = step.repeatable and done.exists()
+            if processes > 1 and not reused and "RANK" not in os.environ:
+                from avrt_lib.training import launch
 
-            return launch.run(processes, name, config=settings, workspace=workspace, inputs=paths, outputs=outputs)
-        if reused:
-            facts: dict[str, Any] = read_json(done)["facts"]
-            log.info("%s: finished before with the same inputs; taken from %s", instance, workspace.scratch)
-        else:
-            workspace.scratch.mkdir(parents=True, exist_ok=True)
-            run = importlib.import_module(step.module).run
-            making = {k: workspace.scratch / k for k in step.outputs}
-            tracker = tracking.step_run(instance, settings, step.sections, making) if rank == 0 else nullcontext()
-            with tracker as tracked:
-                facts = run(settings, workspace=workspace, **paths, **making, **given)
-                if tracked is not None:
-                    tracked.log_metrics(scalars(facts), step=0)
+                return launch.run(processes, name, config=settings, workspace=workspace, inputs=paths, outputs=outputs)
+            if reused:
+                facts: dict[str, Any] = read_json(done)["facts"]
+                log.info("%s: finished before with the same inputs; taken from %s", instance, workspace.scratch)
+            else:
+                workspace.scratch.mkdir(parents=True, exist_ok=True)
+                run = importlib.import_module(step.module).run
+                making = {k: workspace.scratch / k for k in step.outputs}
+                tracker = tracking.step_run(instance, settings, step.sections, making) if rank == 0 else nullcontext()
+                with tracker as tracked:
+                    facts = run(settings, workspace=workspace, **paths, **making, **given)
+                    if tracked is not None:
+                        tracked.log_metrics(scalars(facts), step=0)
+                if rank == 0:
+                    for output, folder in making.items():
+                        if not folder.is_dir() or not any(folder.iterdir()):
+                            raise OutputMissingError(f"{instance} ended without its output {output!r} ({folder}).")
+                    write_json(done, {"facts": facts, "seconds": time.time() - started})
+            placed = {output: Path(outputs[output]) for output in step.outputs if rank == 0 and outputs.get(output)}
+            for output, target in placed.items():
+                place_folder(workspace.scratch / output, target)
+            seconds = read_json(done)["seconds"] if rank == 0 else time.time() - started
+            status = facts.get("status", "succeeded") if isinstance(facts, dict) else "succeeded"
+            ended: dict[str, Any] = {
+                "status": status,
+                "seconds": seconds,
+                "started": started,
+                "failure": None,
+                "facts": facts,
+            }
+            places = {output: str(target) for output, target in placed.items()}
+            workspace.report(**ended, reused=reused, outputs=places)
             if rank == 0:
-                for output, folder in making.items():
-                    if not folder.is_dir() or not any(folder.iterdir()):
-                        raise OutputMissingError(f"{instance} ended without its output {output!r} ({folder}).")
-                write_json(done, {"facts": facts, "seconds": time.time() - started})
-        placed = {output: Path(outputs[output]) for output in step.outputs if rank == 0 and outputs.get(output)}
-        for output, target in placed.items():
-            place_folder(workspace.scratch / output, target)
-        seconds = read_json(done)["seconds"] if rank == 0 else time.time() - started
-        status = facts.get("status", "succeeded") if isinstance(facts, dict) else "succeeded"
-        ended: dict[str, Any] = {
-            "status": status,
-            "seconds": seconds,
-            "started": started,
-            "failure": None,
-            "facts": facts,
-        }
-        places = {output: str(target) for output, target in placed.items()}
-        workspace.report(**ended, reused=reused, outputs=places)
-        if rank == 0:
-            content: dict[str, Any] = {}
-            if run_reports.enabled():
-                content["took"] = [identity(folder) for _, folder in _folders(paths)]
-                content["made"] = [identity(workspace.scratch / output) for output in step.outputs]
-            run_reports.put(settings, instance, ended | content)
-        return facts
+                content: dict[str, Any] = {}
+                if run_reports.enabled():
+                    content["took"] = [identity(folder) for _, folder in _folders(paths)]
+                    content["made"] = [identity(workspace.scratch / output) for output in step.outputs]
+                run_reports.put(settings, instance, ended | content)
+            return facts
     except BaseException as error:
-        error = _typed(error, root)
+        error = _typed(error, instance, root)
         code = (
             error.code
             if isinstance(error, AvrtError)
@@ -289,12 +300,31 @@ def scalars(facts: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return numbers
 
 
-def _typed(error: BaseException, root: Path) -> BaseException:
-    if isinstance(error, OSError) and error.errno == 28:
-        typed = DiskFullError(f"No space left on the disk that holds {root}: free some, then go on with --resume.")
-        typed.__cause__ = error
-        return typed
-    return error
+def _typed(error: BaseException, instance: str, root: Path) -> BaseException:
+    """An error that may come up in any step, in its own type; any other one as it is."""
+    if isinstance(error, AvrtError):
+        return error
+    typed: AvrtError | None = None
+    if isinstance(error, Interrupted):
+        typed = InterruptedStep(f"{instance} was told to stop ({error}): go on with --resume, or start the step again.")
+    elif _is_no_space(error):
+        typed = DiskFullError(
+            f"No space left on the disk that holds {root} ({' '.join(str(error).split())}): free some, then go on with "
+            "--resume."
+        )
+    if typed is None:
+        return error
+    typed.__cause__ = error
+    return typed
+
+
+def _is_no_space(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is that of a full disk or an exceeded quota."""
+    while error is not None:
+        if (isinstance(error, OSError) and error.errno in _NO_SPACE) or _NO_SPACE_TEXT.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _key(step: Step, config: Config, inputs: Mapping[str, Path | list[Path]], params: Mapping[str, Any]) -> str:

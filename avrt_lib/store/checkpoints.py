@@ -26,12 +26,12 @@ RUN_ID = "AVRT_RUN_ID"
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSink:
-    """The checkpoints of one training step of one run: ``s3://BUCKET/checkpoints/RUN/STEP/NAME/``.
+    """The checkpoints of one training of one run: ``s3://BUCKET/checkpoints/RUN/STEP/NAME/``.
 
     Attributes:
         bucket: the store's bucket.
         run_id: which run they belong to.
-        step: the training step (``sft``, ``grpo``).
+        step: the training step, and what tells one training of it from another (``sft/KEY``).
         keep: older ones are removed from the store after a push; None keeps all.
     """
 
@@ -63,18 +63,18 @@ class CheckpointSink:
                 _remove(connection, self.bucket, prefix)
 
 
-def checkpoint_sink(step: str | None = None, bucket: str | None = None, keep: int | None = 2) -> CheckpointSink | None:
+def checkpoint_sink(step: str, bucket: str | None = None, keep: int | None = 2) -> CheckpointSink | None:
     """Where a training step saves its checkpoints; None where the environment names no store or no run.
 
     Args:
-        step: the training step; None takes the one that runs in this process (``AVRT_STEP``).
+        step: which training.
         bucket: None takes ``AVRT_S3_BUCKET``.
         keep: how many of them stay in the store.
     """
     run_id = os.environ.get(RUN_ID)
     if not run_id or not os.environ.get("AVRT_S3_ENDPOINT"):
         return None
-    return CheckpointSink(bucket or default_bucket(), run_id, step or os.environ.get("AVRT_STEP", "training"), keep)
+    return CheckpointSink(bucket or default_bucket(), run_id, step, keep)
 
 
 def push_checkpoint(folder: Path, name: str, *, bucket: str | None = None, run_id: str | None = None) -> str:
@@ -140,7 +140,10 @@ def latest_checkpoint(step: str, target: Path, *, bucket: str | None = None, run
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             for name, entry in files.items():
-                _download(connection, bucket, prefix + name, temporary / name, entry["sha256"])
+                path = temporary / name
+                if not path.resolve().is_relative_to(temporary.resolve()):
+                    raise StoreError(f"The manifest of s3://{bucket}/{prefix} names a file outside of it: {name}.")
+                _download(connection, bucket, prefix + name, path, entry["sha256"])
             if folder.exists():  # a save that was cut short
                 shutil.rmtree(folder)
     return folder
@@ -154,15 +157,12 @@ def _run(run_id: str | None) -> str:
 
 
 def _whole(connection: Minio, bucket: str, prefix: str) -> list[str]:
-    """Prefixes of the checkpoints that have a manifest, oldest first."""
+    """Prefixes of the checkpoints that have a manifest, oldest first; their names end in a number and hold no dots."""
     names = (str(o.object_name) for o in connection.list_objects(bucket, prefix=prefix, recursive=True))
-    manifests = (name for name in names if re.fullmatch(rf"[^/]+/{re.escape(MANIFEST)}", name.removeprefix(prefix)))
-    return sorted((name.removesuffix(MANIFEST) for name in manifests), key=_number)
-
-
-def _number(prefix: str) -> tuple[int, str]:
-    numbers = re.findall(r"\d+", PurePosixPath(prefix).name)
-    return (int(numbers[-1]) if numbers else -1, prefix)
+    form = re.compile(rf"[\w-]*?(\d+)/{re.escape(MANIFEST)}", re.ASCII)
+    found = ((name, form.fullmatch(name.removeprefix(prefix))) for name in names)
+    numbers = {name.removesuffix(MANIFEST): int(match[1]) for name, match in found if match}
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 def _remove(connection: Minio, bucket: str, prefix: str) -> None:
@@ -176,4 +176,4 @@ def _download(connection: Minio, bucket: str, place: str, path: Path, sha256: st
     path.parent.mkdir(parents=True, exist_ok=True)
     connection.fget_object(bucket, place, str(path))
     if sha256_file(path) != sha256:
-        raise StoreError(f"s3://{bucket}/{place} is not what its manifest says.")
+        raise StoreError(f"s3://{bucket}/{place} is not what its manifest says: remove it to go on from an older one.")

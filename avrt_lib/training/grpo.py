@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Sequence
@@ -23,8 +22,6 @@ from avrt_lib.training.encoding import Encoder
 from avrt_lib.training.grpo_trainer import AudioVisualGrpoTrainer, Prompt
 from avrt_lib.workspace import Workspace
 
-log = logging.getLogger("avrt")
-
 _METRICS = {
     "reward": "reward",
     "rewards/format_reward/mean": "format",
@@ -43,8 +40,9 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
     """Train the cold-started student by GRPO and write it as a servable model folder.
 
     Args:
-        config: the run's configuration; read are ``student``, ``grpo`` and ``seed``.
-        workspace: checkpoints go to its scratch, and a step that was killed goes on from the newest whole one.
+        config: the run's configuration; read are ``student``, ``grpo``, ``seed`` and ``store.kind``.
+        workspace: checkpoints go to its scratch and to the run's store; a step that was killed goes on from the newest
+            whole one.
         samples: table of samples; the whole train split is used, not only what the teachers' filter kept.
         sft_model: the model to start from, which is also the reference of the KL term.
         model: the folder to write.
@@ -58,7 +56,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
         NothingKeptError: where no training sample has a label.
         ConfigError: where the batch does not hold whole groups.
         TrainingError: where no step was made, the loss is not finite, media were lost, or frozen weights changed.
-        InterruptedTraining: after SIGTERM; a checkpoint is saved.
+        InterruptedStep: after SIGTERM; a checkpoint is saved.
     """
     started = time.monotonic()
     section = config.grpo
@@ -105,7 +103,9 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
     def encode(row: int) -> Prompt:
         return encoder.encode(rows[row])
 
-    with workspace.progress("steps", steps) as bar, checkpoints.Checkpoints(config) as saver:
+    sink = checkpoints.sink(config, workspace)
+    resume = checkpoints.to_go_on_from(folder, sink)
+    with workspace.progress("steps", steps) as bar, checkpoints.Checkpoints(folder, sink) as saver:
         trainer = AudioVisualGrpoTrainer(
             encode=encode,
             reference=reference,
@@ -117,11 +117,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
             callbacks=[loop.Reporting(bar, "grpo", _NOTES), saver],
         )
         trainer.remove_callback(PrinterCallback)
-        resume = checkpoints.newest(folder)
-        if resume is not None:
-            log.info("going on from %s", resume)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        saver.raise_if_interrupted(trainer.state.global_step)
+        checkpoints.train(trainer, saver, resume)
     loop.check_trained(trainer.state)
     student.check_frozen(learner, frozen)
     history = loop.log_series(trainer.state, _METRICS)

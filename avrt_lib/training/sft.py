@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import re
@@ -31,8 +30,6 @@ from avrt_lib.training.stop_rule import StopRule
 from avrt_lib.training.validation import are_correct, write_greedily
 from avrt_lib.workspace import Workspace
 
-log = logging.getLogger("avrt")
-
 #: A question type with at least this share of the validation questions counts by itself.
 _COMMON = 0.15
 #: A type with a smaller share of the rows than this is weighted as if it had this share.
@@ -54,8 +51,10 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
     """Train the student on merged traces and write it as a servable model folder.
 
     Args:
-        config: the run's configuration; read are ``student``, ``sft`` and ``seed``.
-        workspace: checkpoints go to its scratch, and a step that was killed goes on from the newest whole one.
+        config: the run's configuration; read are ``student``, ``sft``, ``seed``, ``evaluation.max_tokens`` and
+            ``store.kind``.
+        workspace: checkpoints go to its scratch and to the run's store; a step that was killed goes on from the newest
+            whole one.
         samples: table of samples.
         merged: table of merged traces; rows with a reasoning are trained on.
         model: the folder to write.
@@ -68,7 +67,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
     Raises:
         NothingKeptError: where no row has a reasoning.
         TrainingError: where no step was made, the loss is not finite, or frozen weights changed.
-        InterruptedTraining: after SIGTERM; a checkpoint is saved.
+        InterruptedStep: after SIGTERM; a checkpoint is saved.
     """
     started = time.monotonic()
     section = config.sft
@@ -109,7 +108,9 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
         dataset_kwargs={"skip_prepare_dataset": True},
         train_sampling_strategy="sequential",
     )
-    with workspace.progress("steps", steps) as bar, checkpoints.Checkpoints(config) as saver:
+    sink = checkpoints.sink(config, workspace)
+    resume = checkpoints.to_go_on_from(folder, sink)
+    with workspace.progress("steps", steps) as bar, checkpoints.Checkpoints(folder, sink) as saver:
         reporting = loop.Reporting(bar, "sft", _METRICS)
         trainer = SFTTrainer(
             model=learner.model,
@@ -131,13 +132,9 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
             rule = StopRule(section, validate, report, can_retreat=section.deepspeed == "none")
             trainer.add_callback(rule)
         trainer.add_callback(saver)
-        resume = checkpoints.newest(folder)
-        if resume is not None:
-            log.info("going on from %s", resume)
-            if rule is not None:
-                rule.restore(resume)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        saver.raise_if_interrupted(trainer.state.global_step)
+        if resume is not None and rule is not None:
+            rule.restore(resume)
+        checkpoints.train(trainer, saver, resume)
     loop.check_trained(trainer.state)
     student.check_frozen(learner, frozen)
     accuracy = rule.history[-1]["accuracy"] if rule is not None and rule.history else validate()[0]

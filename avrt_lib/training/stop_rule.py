@@ -21,11 +21,13 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from avrt_lib.config import SftConfig
-from avrt_lib.training.checkpoints import PREFIX
+from avrt_lib.training.checkpoints import PREFIX, Finished
 
 log = logging.getLogger("avrt")
 
 STATE = "stop_rule.pt"
+#: What a checkpoint holds of the rule.
+KEPT = ("history", "outcome", "interval", "next_step", "retreats", "snapshot")
 MAX_RETREATS = 6
 
 
@@ -73,15 +75,13 @@ class StopRule(TrainerCallback):
     def restore(self, checkpoint: Path) -> None:
         """Take the rule's state up from a checkpoint."""
         saved = torch.load(checkpoint / STATE, weights_only=True)
-        for name in ("history", "interval", "next_step", "retreats", "snapshot"):
+        for name in KEPT:
             setattr(self, name, saved[name])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write the rule's state into the checkpoint."""
         if state.is_world_process_zero:
-            values = {
-                name: getattr(self, name) for name in ("history", "interval", "next_step", "retreats", "snapshot")
-            }
+            values = {name: getattr(self, name) for name in KEPT}
             torch.save(values, Path(args.output_dir or ".") / f"{PREFIX}{state.global_step}" / STATE)
 
     def on_train_begin(
@@ -93,7 +93,13 @@ class StopRule(TrainerCallback):
         optimizer: Any = None,
         **_: Any,
     ) -> None:
-        """Remember the start, so that even the first validation can go back."""
+        """Remember the start, so that even the first validation can go back.
+
+        Raises:
+            Finished: where training had ended before it was interrupted.
+        """
+        if self.outcome is not None:
+            raise Finished
         if self.snapshot is None and self.can_retreat:
             self.snapshot = _take(model, optimizer, accuracy=0.0)
 

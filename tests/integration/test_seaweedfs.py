@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -173,6 +174,22 @@ def test_a_checkpoint_that_is_written_again_replaces_the_old(in_environment: Loc
     found = store.latest_checkpoint("sft", tmp_path / "resumed")
     assert found is not None
     assert [path.name for path in found.iterdir()] == ["new.txt"]
+
+
+@pytest.mark.parametrize("name", ["../../evil.txt", "/tmp/avrt-evil.txt"])
+def test_a_checkpoint_stays_in_its_folder(in_environment: LocalObjectServer, tmp_path: Path, name: str) -> None:
+    document = json.dumps({"kind": "checkpoint", "files": {name: {"sha256": "0", "bytes": 1}}}).encode()
+    place = "checkpoints/run-1/crafted/checkpoint-7/manifest.json"
+    store.client().put_object("avrt", place, io.BytesIO(document), len(document))
+    with pytest.raises(StoreError, match="names a file outside"):
+        store.latest_checkpoint("crafted", tmp_path / "in" / "here")
+    assert list((tmp_path / "in" / "here").iterdir()) == []
+
+
+def test_only_names_that_end_in_a_number_are_checkpoints(in_environment: LocalObjectServer, tmp_path: Path) -> None:
+    for name in ("..8", "checkpoint-9.x", "checkpoint"):
+        store.client().put_object("avrt", f"checkpoints/run-1/odd/{name}/manifest.json", io.BytesIO(b"{}"), 2)
+    assert store.latest_checkpoint("odd", tmp_path / "resumed") is None
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:

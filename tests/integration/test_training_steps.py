@@ -14,11 +14,15 @@ from typing import Any
 
 import pytest
 
+from avrt_lib.config import Config
 from avrt_lib.models import verify_manifest
 from avrt_lib.steps import run_step
+from avrt_lib.store import LocalObjectServer
+from avrt_lib.workspace import Workspace
 
 torch = pytest.importorskip("torch")
 
+from avrt_lib.training import checkpoints  # noqa: E402
 from tests import tiny_models  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,30 +78,160 @@ def test_sft_lowers_the_loss_and_leaves_the_encoders_as_they_were(
     assert all(torch.equal(before[name], after[name]) for name in frozen)
 
 
-def test_sft_killed_in_the_middle_ends_with_the_same_weights(
+LONG = {"max_steps": 40, "epochs": 20, "save_every_steps": 5}
+
+
+def step(name: str, config: Config, inputs: dict[str, str], model: Path, work: Path) -> list[str]:
+    """The command line of a step that is started as a user would start it."""
+    file = work.with_suffix(".yaml")
+    file.write_text(config.to_json())  # JSON is YAML
+    given = [part for key, value in inputs.items() for part in ("--input", f"{key}={value}")]
+    command = [sys.executable, "-m", "avrt_lib.cli.main", "step", name, "--config", str(file), *given]
+    return [*command, "--output", f"model={model}", "--work", str(work)]
+
+
+def stopped(command: list[str], work: Path, awaited: str, number: signal.Signals, **more: str) -> int:
+    """Start a step, send it a signal once ``awaited`` is there below its work folder, and return its exit code."""
+    process = subprocess.Popen(
+        command, env=environment(**more), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=work.parent
+    )
+    try:
+        deadline = time.monotonic() + 200
+        while not list(work.glob(awaited)):
+            assert time.monotonic() < deadline
+            assert process.poll() is None, "it ended before it could be stopped"
+            time.sleep(0.02)
+        process.send_signal(number)
+        return process.wait(timeout=100)
+    finally:
+        process.kill()
+
+
+def finished(command: list[str], **more: str) -> str:
+    """What a step that runs to its end logs."""
+    done = subprocess.run(command, env=environment(**more), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def failure(work: Path, name: str) -> str:
+    report = json.loads((work / "reports" / f"{name}.json").read_text())
+    assert report["status"] == "failed"
+    return str(report["failure"]["code"])
+
+
+def same(first: Path, second: Path) -> bool:
+    one, other = tensors(first), tensors(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, student: Path, data: dict[str, str]) -> Path:
+    """The model of ``LONG`` by a step that nobody stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    config = tiny_models.config(student, sft=LONG)
+    finished(step("sft", config, data, folder / "model", folder / "work"))
+    return folder / "model"
+
+
+CHECKPOINT = "scratch/{}/*/checkpoints/checkpoint-*/complete.json"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+def test_sft_stopped_in_the_middle_ends_with_the_same_weights(
+    tmp_path: Path, student: Path, data: dict[str, str], undisturbed: Path, number: signal.Signals, code: int
+) -> None:
+    work = tmp_path / "work"
+    command = step("sft", tiny_models.config(student, sft=LONG), data, tmp_path / "model", work)
+    assert stopped(command, work, CHECKPOINT.format("sft"), number) == code
+    assert not (tmp_path / "model").exists()
+    if number == signal.SIGTERM:
+        assert failure(work, "sft") == "interrupted"
+    assert "going on from" in finished(command)
+    assert same(undisturbed, tmp_path / "model")
+
+
+def test_sft_that_is_told_to_stop_before_its_first_step_is_interrupted_too(
     tmp_path: Path, student: Path, data: dict[str, str]
 ) -> None:
-    config = tiny_models.config(student, sft={"max_steps": 40, "epochs": 20, "save_every_steps": 5})
-    undisturbed = command(config, data, tmp_path / "a", tmp_path / "work-a")
-    subprocess.run(undisturbed, env=environment(), check=True, capture_output=True, timeout=300)
-    killed = subprocess.Popen(
-        command(config, data, tmp_path / "b", tmp_path / "work-b"),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+    work = tmp_path / "work"
+    command = step("sft", tiny_models.config(student, sft=LONG), data, tmp_path / "model", work)
+    assert stopped(command, work, "reports/sft.json", signal.SIGTERM) == 75
+    assert failure(work, "sft") == "interrupted"
+    assert not list(work.glob("scratch/sft/*/checkpoints/*"))
+
+
+def test_sft_goes_on_from_the_store_where_its_scratch_is_lost(
+    tmp_path: Path, student: Path, data: dict[str, str], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a pod that is a retry: nothing but the run's id and the store is what it was."""
+    config = tiny_models.config(student, sft=LONG, store={"kind": "s3"})
+    work = tmp_path / "work"
+    command = step("sft", config, data, tmp_path / "model", work)
+    with LocalObjectServer(tmp_path / "store") as server:
+        variables = {**server.environment, "AVRT_RUN_ID": "run-1"}
+        assert stopped(command, work, CHECKPOINT.format("sft"), signal.SIGTERM, **variables) == 75
+        (scratch,) = (work / "scratch/sft").iterdir()
+        saved = checkpoints.newest(scratch / "checkpoints")
+        assert saved is not None
+        shutil.rmtree(work)
+        printed = finished(command, **variables)
+        assert f"going on from {saved}" in printed
+        assert same(undisturbed, tmp_path / "model")
+
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        for key, found in ((scratch.name, True), ("0" * 16, False)):
+            sink = checkpoints.sink(config, Workspace(tmp_path, "sft", tmp_path / key))
+            assert (checkpoints.to_go_on_from(tmp_path / key, sink) is not None) == found
+
+
+def full_disk(command: list[str], work: Path, size: int) -> subprocess.CompletedProcess[str]:
+    """Run a step whose work folder is a disk of ``size`` bytes of its own; its report is printed at the end."""
+    script = (
+        'mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99; "${@:3}"; code=$?; cat "$2/reports/sft.json"; exit $code'
     )
-    deadline = time.monotonic() + 200
-    while not list((tmp_path / "work-b").glob("scratch/sft/*/checkpoints/checkpoint-*/complete.json")):
-        assert time.monotonic() < deadline
-        assert killed.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "b").exists()
-    resumed = command(config, data, tmp_path / "b", tmp_path / "work-b")
-    subprocess.run(resumed, env=environment(), check=True, capture_output=True, timeout=300)
-    first, second = tensors(tmp_path / "a"), tensors(tmp_path / "b")
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    work.mkdir()
+    alone = ["unshare", "--mount", "bash", "-c", script, "-", str(size), str(work), *command]
+    return subprocess.run(alone, env=environment(), capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("models", [0.5, 1.5], ids=["weights", "optimizer"])
+def test_a_checkpoint_that_fills_the_disk_is_reported_as_that(
+    tmp_path: Path, student: Path, data: dict[str, str], models: float
+) -> None:
+    """safetensors writes the weights, torch the optimizer, and each has its own words for it."""
+    probe = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
+    if subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("a small disk can be mounted by root only")
+    size = int((student / "model.safetensors").stat().st_size * models)
+    command = step("sft", tiny_models.config(student, sft=LONG), data, tmp_path / "model", tmp_path / "work")
+    done = full_disk(command, tmp_path / "work", size)
+    assert done.returncode == 7, done.stderr[-3000:]
+    assert json.loads(done.stdout)["failure"]["code"] == "disk_full"
+
+
+def test_grpo_told_to_stop_ends_with_the_same_weights_and_no_step_too_many(
+    tmp_path: Path, student: Path, data: dict[str, str]
+) -> None:
+    grpo = {"max_steps": 6, "save_every_steps": 2, "per_device_batch": 8, "group_size": 4, "kl_beta": 0.04}
+    config = tiny_models.config(student, grpo={**grpo, "max_completion_tokens": 32})
+    inputs = {"samples": data["samples"], "sft_model": str(student)}
+    undisturbed = {"outputs": {"model": tmp_path / "undisturbed"}, "work": tmp_path / "alone"}
+    run_step("grpo", config=config, inputs=inputs, **undisturbed)
+
+    work = tmp_path / "work"
+    command = step("grpo", config, inputs, tmp_path / "model", work)
+    assert stopped(command, work, CHECKPOINT.format("grpo"), signal.SIGTERM) == 75
+    assert failure(work, "grpo") == "interrupted"
+    placed = {"outputs": {"model": tmp_path / "model"}, "work": work}
+    assert run_step("grpo", config=config, inputs=inputs, **placed)["steps"] == 6
+    assert same(tmp_path / "undisturbed", tmp_path / "model")
+
+    (scratch,) = (work / "scratch/grpo").iterdir()
+    (scratch / "done.json").unlink()  # as a kill after the last step would leave it
+    assert run_step("grpo", config=config, inputs=inputs, **placed)["steps"] == 6
+    assert same(tmp_path / "undisturbed", tmp_path / "model")
 
 
 def test_grpo_moves_the_weights_by_groups_whose_rewards_differ(

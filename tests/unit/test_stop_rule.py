@@ -16,6 +16,7 @@ compat.apply()  # torchvision beside a CPU build of torch
 from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 
 from avrt_lib.config import SftConfig  # noqa: E402
+from avrt_lib.training.checkpoints import Finished  # noqa: E402
 from avrt_lib.training.stop_rule import MAX_RETREATS, StopRule  # noqa: E402
 
 BAND = SftConfig(stop_low=0.6, stop_high=0.8, stop_type_low=0.5, validate_every_steps=4)
@@ -122,3 +123,14 @@ def test_its_state_survives_a_checkpoint(tmp_path: Path) -> None:
     assert (fresh.rule.interval, fresh.rule.next_step, fresh.rule.retreats) == (2, 10, 1)
     assert fresh.rule.history == run.rule.history
     assert fresh.rule.accuracy == 0.5
+
+
+def test_training_that_had_ended_is_not_gone_on_with(tmp_path: Path) -> None:
+    run = Run([0.7], folder=tmp_path)
+    assert run.until_stop() == 4
+    (tmp_path / "checkpoint-4").mkdir()
+    run.rule.on_save(run.arguments, run.state, run.control)
+    fresh = Run([0.7])
+    fresh.rule.restore(tmp_path / "checkpoint-4")
+    with pytest.raises(Finished):
+        fresh.rule.on_train_begin(fresh.arguments, fresh.state, fresh.control, **fresh.objects)
