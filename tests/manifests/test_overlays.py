@@ -74,9 +74,7 @@ def test_custom_kinds_are_valid(rendered: dict[str, Build]) -> None:
     if not known:
         allowed |= {d["kind"] for build in rendered.values() for d in build.objects if group(d) in SHARED_GROUPS}
     if not node:
-        allowed |= {"Certificate", "Issuer", "ExternalSecret"}
-    # Prometheus' operator publishes none for npm's validators that are asked for here.
-    allowed |= {"PodMonitor", "PrometheusRule"}
+        allowed |= {"Certificate", "Issuer", "ExternalSecret", "HTTPRoute", "PodMonitor", "PrometheusRule"}
     assert unchecked <= allowed
 
 
