@@ -87,6 +87,8 @@ def main() -> None:
         lines = [line for level, results in rounds.items() for line in compare(level, *results)]
     except AvrtError as problem:
         sys.exit(str(problem))
+    except KeyboardInterrupt:
+        sys.exit(130)
     for line in lines:
         print(json.dumps(line), flush=True)
     show(lines, f"{model}, {options.rounds} rounds of {options.requests} requests")
@@ -222,13 +224,14 @@ def wait(server: ChildServer, url: str) -> None:
         ServingError: where it ends, or takes too long.
     """
     deadline = time.monotonic() + START_S
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(url, trust_env=False).is_success:
-                return
-        if server.returncode is not None or time.monotonic() > deadline:
-            raise ServingError(f"`vllm serve` does not answer: {server.tail()} (see {server.log}).")
-        time.sleep(0.5)
+    with httpx.Client(trust_env=False) as client:
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if client.get(url).is_success:
+                    return
+            if server.returncode is not None or time.monotonic() > deadline:
+                raise ServingError(f"`vllm serve` does not answer: {server.tail()} (see {server.log}).")
+            time.sleep(0.5)
 
 
 def order(number: int) -> tuple[int, int]:
@@ -323,7 +326,7 @@ def show(lines: Sequence[Line], title: str) -> None:
     for (level, what), cells in rows.items():
         table.add_row(level.removeprefix("concurrency_"), what, *(cells.get(column, "") for column in columns))
     console = Console(stderr=True)
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 120)
     console.print(table)
 
 
