@@ -210,9 +210,9 @@ def _launch(count: int, request: Path) -> int:
         elastic_launch(config, sys.executable)("-m", MODULE, str(request), str(os.getpid()))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        return int(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
     except SignalException as error:
-        return 128 + error.sigval
+        return 128 + int(error.sigval)
     return 0
 
 

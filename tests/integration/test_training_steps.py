@@ -189,7 +189,8 @@ def test_sft_goes_on_from_the_store_where_its_scratch_is_lost(
 def full_disk(command: list[str], work: Path, size: int) -> subprocess.CompletedProcess[str]:
     """Run a step whose work folder is a disk of ``size`` bytes of its own; its report is printed at the end."""
     script = (
-        'mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99; "${@:3}"; code=$?; cat "$2/reports/sft.json"; exit $code'
+        'mount -t tmpfs -o size="$1" tmpfs "$2" || exit 99; "${@:3}" >&2; code=$?; '
+        'cat "$2/reports/sft.json"; exit $code'
     )
     work.mkdir()
     alone = ["unshare", "--mount", "bash", "-c", script, "-", str(size), str(work), *command]
