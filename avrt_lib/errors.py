@@ -6,6 +6,8 @@ the process ends with.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class AvrtError(Exception):
     """An error that the user can act on.
@@ -118,3 +120,14 @@ class OutputMissingError(AvrtError):
 
     code = "output_missing"
     exit_code = 12
+
+
+def of_code(code: str) -> type[AvrtError]:
+    """The class of errors with this ``failure.code``; ``AvrtError`` itself where there is none."""
+
+    def classes(kind: type[AvrtError]) -> Iterator[type[AvrtError]]:
+        yield kind
+        for each in kind.__subclasses__():
+            yield from classes(each)
+
+    return next((kind for kind in classes(AvrtError) if kind.code == code), AvrtError)

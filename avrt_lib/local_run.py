@@ -14,7 +14,7 @@ import site
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import avrt_lib
 from avrt_lib import tracking
 from avrt_lib.config import Config
-from avrt_lib.errors import AvrtError, EnvironmentProblem, OutputMissingError
+from avrt_lib.errors import AvrtError, EnvironmentProblem, OutputMissingError, of_code
 from avrt_lib.report import summary as summaries
 from avrt_lib.run_processes import kill_marked, stop_marked
 from avrt_lib.run_signals import Interrupted, signals_raise
@@ -101,24 +101,13 @@ def execute(folder: RunFolder, config: Config, data_hash: str, watch: Callable[[
             kill_marked(marker)
         summary = summaries.write(folder.path, failure)
         if exit_code == 0 and summary["status"] != "succeeded":
-            exit_code = exit_code_of(summary["failure"]["code"])
+            exit_code = of_code(summary["failure"]["code"]).exit_code
         _write_report(folder)
         documents = [path for path in (folder.summary_file, folder.report_file) if path.exists()]
         tracking.end_parent(config, summary, tracked, documents)
     if unexpected is not None:
         raise unexpected
     return Outcome(summary, exit_code)
-
-
-def exit_code_of(code: str) -> int:
-    """The exit code of the error class with this ``failure.code``; 1 where there is none."""
-
-    def classes(kind: type[AvrtError]) -> Iterator[type[AvrtError]]:
-        yield kind
-        for each in kind.__subclasses__():
-            yield from classes(each)
-
-    return next((kind.exit_code for kind in classes(AvrtError) if kind.code == code), 1)
 
 
 def _forget_reports(folder: RunFolder) -> None:

@@ -27,7 +27,6 @@ log = logging.getLogger("avrt.tracking")
 URI = "MLFLOW_TRACKING_URI"
 RUN = "MLFLOW_RUN_ID"
 PARENT = "AVRT_MLFLOW_PARENT"
-STEP = "AVRT_STEP"
 RUN_ID = "AVRT_RUN_ID"
 DATA_HASH = "AVRT_DATA_HASH"
 CHAMPION = "champion"
@@ -181,28 +180,27 @@ def step_run(
         outputs: the step's output folders by name; when it has ended, their small documents are attached.
     """
     global _active
-    with _variables({STEP: instance}):
-        uri = os.environ.get(URI)
-        if not uri:
-            yield None
-            return
-        settings = config if isinstance(config, Config) else from_json(config)
-        run, joined = _begin(uri, instance, settings)
-        if run is None:
-            yield None
-            return
-        read = set(sections)
-        run.log_params({key: value for key, value in flat(settings).items() if key.split(".")[0] in read})
-        before, _active = _active, run
-        try:
-            with _variables({RUN: run.run_id}), contextlib.nullcontext() if joined else _finishing(run):
-                try:
-                    yield run
-                finally:
-                    run.attach(_documents(outputs or {}))
-        finally:
-            run.flush()
-            _active = before
+    uri = os.environ.get(URI)
+    if not uri:
+        yield None
+        return
+    settings = config if isinstance(config, Config) else from_json(config)
+    run, joined = _begin(uri, instance, settings)
+    if run is None:
+        yield None
+        return
+    read = set(sections)
+    run.log_params({key: value for key, value in flat(settings).items() if key.split(".")[0] in read})
+    before, _active = _active, run
+    try:
+        with _variables({RUN: run.run_id}), contextlib.nullcontext() if joined else _finishing(run):
+            try:
+                yield run
+            finally:
+                run.attach(_documents(outputs or {}))
+    finally:
+        run.flush()
+        _active = before
 
 
 def _documents(outputs: Mapping[str, Path]) -> Iterator[tuple[Path, str]]:

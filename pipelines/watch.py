@@ -19,8 +19,7 @@ from rich.table import Table
 
 from avrt_lib.cli.console import err, out
 from avrt_lib.cli.results import show_summary
-from avrt_lib.errors import AvrtError, EnvironmentProblem
-from avrt_lib.local_run import exit_code_of
+from avrt_lib.errors import AvrtError, EnvironmentProblem, of_code
 from avrt_lib.report.run_summary import LINE as SUMMARY_LINE
 from avrt_lib.run_signals import Interrupted, signals_raise
 from avrt_lib.runs import RunFolder
@@ -153,7 +152,7 @@ class Watch:
             return 1
         failure = find_failure(self.backend, run, rows, self._failed_nodes())
         _show_failure(failure)
-        return exit_code_of(failure.code)
+        return of_code(failure.code).exit_code
 
     def waiting(self, run: Any) -> dict[str, str]:
         """Look at what waits, report it, and end the run where it waits too long; notes by task."""

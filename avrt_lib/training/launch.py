@@ -16,13 +16,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import avrt_lib
 from avrt_lib.config import Config, OptimizerConfig
-from avrt_lib.errors import AvrtError, ConfigError, EnvironmentProblem
+from avrt_lib.errors import AvrtError, ConfigError, EnvironmentProblem, of_code
 from avrt_lib.run_signals import Interrupted
 from avrt_lib.tables import read_json, write_json
 from avrt_lib.workspace import Workspace, read_reports
@@ -165,14 +165,8 @@ def _failures(workspace: Workspace, count: int, since: float) -> list[dict[str, 
 
 def _error(report: Mapping[str, Any]) -> AvrtError:
     """The error that a report tells of."""
-
-    def kinds(kind: type[AvrtError]) -> Iterator[type[AvrtError]]:
-        yield kind
-        for each in kind.__subclasses__():
-            yield from kinds(each)
-
     code, message = report["failure"]["code"], report["failure"]["message"]
-    error = next((kind for kind in kinds(AvrtError) if kind.code == code), AvrtError)(message)
+    error = of_code(code)(message)
     error.facts = report["facts"]  # type: ignore[attr-defined]
     return error
 

@@ -13,8 +13,7 @@ import pytest
 from avrt_lib.cli import main as cli
 from avrt_lib.cli.console import fail
 from avrt_lib.cli.serve import api_key_file
-from avrt_lib.errors import StoreError
-from avrt_lib.local_run import exit_code_of
+from avrt_lib.errors import StoreError, of_code
 from avrt_lib.runs import create
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +120,7 @@ def test_fail(capsys: pytest.CaptureFixture[str], error: Exception, code: int, s
     [("nothing_kept", 5), ("validation_failed", 6), ("disk_full", 7), ("interrupted", 75), ("unheard_of", 1)],
 )
 def test_failure_codes_have_exit_codes(code: str, exit_code: int) -> None:
-    assert exit_code_of(code) == exit_code
+    assert of_code(code).exit_code == exit_code
 
 
 @pytest.mark.parametrize("command", ["run", "compile", "serve", "ask", "report", "doctor", "step", "fidelity"])
