@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import importlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,7 @@ def compile_pipeline(
         kubernetes: write ``Pipeline`` and ``PipelineVersion`` objects instead, for a backend that keeps its pipelines
             in Kubernetes.
     """
-    build = importlib.import_module(f"pipelines.{pipeline}").build
-    function = build(Options(config, images or DEFAULT, cluster, data_hash))
+    options = Options(config, images or DEFAULT, cluster, data_hash)
     manifest: dict[str, Any] = {}
     if kubernetes:
         version = hashlib.sha256(f"{config.sha256} {images} {cluster} {data_hash}".encode()).hexdigest()[:12]
@@ -60,8 +60,17 @@ def compile_pipeline(
         }
     with atomic_path(output.with_suffix(".yaml")) as temporary:
         written = temporary.with_name(temporary.name + ".yaml")  # the compiler insists on this ending
-        compiler.Compiler().compile(function, str(written), **manifest)
+        # In a thread of its own: for each setting of a task KFP's PipelineTask._ensure_container_spec_exists calls
+        # inspect.stack() for a function's name, which looks up source and module of every frame of the stack. Under
+        # a deep stack, as a command line's or pytest's, that takes many times what the compiler itself does.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(_compile, pipeline, options, written, manifest).result()
         written.replace(temporary)
+
+
+def _compile(pipeline: str, options: Options, written: Path, manifest: dict[str, Any]) -> None:
+    function = importlib.import_module(f"pipelines.{pipeline}").build(options)
+    compiler.Compiler().compile(function, str(written), **manifest)
 
 
 def data_identity(config: Config) -> str:

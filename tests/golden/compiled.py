@@ -10,7 +10,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,11 +84,7 @@ def compile_case(case: Case, output: Path, *, data_hash: str = "0123", **setting
     """Compile one case as `avrt compile` does, with further settings of the configuration."""
     profile = profile_of(case.profile)
     config = load(ROOT / "configs" / f"{case.config}.yaml", profile.overrides | settings)
-    # In a thread of its own: for every setting of a task KFP looks at the whole stack, and pytest's is deep.
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(
-            compile_pipeline, config, output, IMAGES, profile, data_hash=data_hash, pipeline=case.pipeline
-        ).result()
+    compile_pipeline(config, output, IMAGES, profile, data_hash=data_hash, pipeline=case.pipeline)
 
 
 @cache
