@@ -72,6 +72,7 @@ class Status:
         uri: the model that was asked for.
         version: its version in the registry, where the InferenceService tells it.
         served: the models of the pods that are ready now; during a rollout the old one.
+        pod: a pod that is ready with the model that was asked for, or None.
         detail: how far it is, or why it failed.
         mend: what to do; empty where there is nothing to do but wait.
         may_pass: whether waiting may mend a failure.
@@ -84,6 +85,7 @@ class Status:
     uri: str | None
     version: str | None
     served: tuple[str, ...]
+    pod: str | None
     detail: str
     mend: str
     may_pass: bool
@@ -228,13 +230,15 @@ def _status(
 ) -> Status:
     service = found.service or {"metadata": {}, "spec": {"predictor": {}}}
     address = ((service.get("status") or {}).get("address") or {}).get("url")
+    asked = {pod["metadata"]["name"]: annotations_of(pod).get(SOURCE, "") for pod in found.pods if _is_asked(pod)}
     return Status(
         state=state,
         name=name,
         namespace=namespace,
         uri=uri,
         version=annotations_of(service).get(MODEL_VERSION) if uri == storage_uri(service) else None,
-        served=tuple(sorted({annotations_of(pod).get(SOURCE, "") for pod in found.pods if _is_asked(pod)})),
+        served=tuple(sorted(set(asked.values()))),
+        pod=next((pod for pod, model in asked.items() if model == uri), None),
         detail=detail,
         mend=mend,
         may_pass=may_pass,

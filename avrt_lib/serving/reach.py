@@ -17,6 +17,8 @@ from avrt_lib.child_servers import LOOPBACK, ChildServer
 from avrt_lib.errors import EnvironmentProblem, ServingError
 from avrt_lib.serving.inference_service import Status
 
+#: The name of a predictor's port, as KServe's Services call it too.
+_PORT = "http1"
 _START_S = 20.0
 _POLL_S = 0.1
 
@@ -25,9 +27,12 @@ _POLL_S = 0.1
 def reached(found: Status) -> Iterator[str]:
     """An address at which the served model can be asked from here, ending in ``/v1``.
 
+    From outside it leads to one of the model's own pods: of a Service kubectl takes the pod that has been ready for
+    longest, which after a rollout is one of the old model that is about to end.
+
     Raises:
         EnvironmentProblem: outside the cluster without kubectl.
-        ServingError: where kubectl cannot forward to it.
+        ServingError: where no pod is ready with the model, or kubectl cannot forward to it.
     """
     if _resolves(urlsplit(found.address).hostname or ""):
         yield found.address
@@ -35,8 +40,12 @@ def reached(found: Status) -> Iterator[str]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         raise EnvironmentProblem(f"{found.address} is inside the cluster: install kubectl to reach it from here.")
-    service = f"service/{found.name}-predictor"
-    command = [kubectl, "port-forward", f"--namespace={found.namespace}", f"--address={LOOPBACK}", service, ":80"]
+    if found.pod is None:
+        raise ServingError(
+            f"No pod of {found.namespace}/{found.name} is ready with {found.uri} any more: look at its pods' events."
+        )
+    place = (f"--namespace={found.namespace}", f"--address={LOOPBACK}", f"pod/{found.pod}")
+    command = [kubectl, "port-forward", *place, f":{_PORT}"]
     with tempfile.TemporaryDirectory(prefix="avrt-forward-") as folder:
         child = ChildServer(command, os.environ, Path(folder) / "kubectl.log")
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from avrt_lib.errors import ServingError
 from avrt_lib.serving import inference_service
 from avrt_lib.serving.cluster import Documents
 from avrt_lib.serving.inference_service import SOURCE, State, Status, judge, wait
+from avrt_lib.serving.reach import reached
 
 OLD, NEW = "s3://avrt/models/old", "s3://avrt/models/new"
 PROGRESSING = {"type": "Progressing", "status": "True", "reason": "ReplicaSetUpdated"}
@@ -487,3 +490,25 @@ def test_a_change_by_somebody_else_ends_the_wait(clock: Clock) -> None:
     with pytest.raises(ServingError, match="set to another model"):
         waited(clock, (0, Documents(service(OLD), deployment(OLD))))
     assert clock.now == 0
+
+
+def test_from_outside_the_models_own_pod_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not one of the model before, which is ready for a while yet when it is being ended."""
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(f'#!/bin/sh\necho "$@" >{tmp_path}/asked\necho Forwarding from 127.0.0.1:4321\nexec sleep 60\n')
+    kubectl.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    old, new = pod(OLD, ready=True, made="2026-11-26T09:00:00Z"), pod(ready=True)
+    old["metadata"]["deletionTimestamp"] = "2026-11-26T10:30:00Z"
+    found = judge("champion", "avrt", Documents(service(), deployment(), [old, new]), NEW)
+    with reached(found) as address:
+        assert address == "http://127.0.0.1:4321/v1"
+    assert f"pod/{new['metadata']['name']} :http1" in (tmp_path / "asked").read_text()
+
+
+def test_without_a_pod_of_the_model_nothing_is_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kubectl").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = judge("champion", "avrt", Documents(service(), deployment(), [pod(OLD, ready=True)]), NEW)
+    with pytest.raises(ServingError, match=f"is ready with {NEW}"), reached(found):
+        pass
