@@ -44,6 +44,9 @@ Role = Literal["cpu", "teacher", "merger", "training", "evaluation"]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
 Quantity = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 
+#: Names of variables, and addresses, that hold a secret. Tokenizers are none.
+_CREDENTIAL = re.compile(r"SECRET|PASSWORD|TOKEN(?!IZER)|ACCESS_KEY|API_KEY")
+_LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 _SIZES = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -68,11 +71,13 @@ class Toleration(Section):
     seconds: int | None = Field(None, ge=0, description="for NoExecute: how long")
 
     @model_validator(mode="after")
-    def _exists_has_no_value(self) -> Self:
+    def _such_as_kubernetes_takes(self) -> Self:
         if self.operator == "Exists" and self.value is not None:
             raise ValueError("a toleration with operator Exists takes no value")
         if self.operator == "Equal" and self.key is None:
             raise ValueError("a toleration without a key needs operator: Exists")
+        if self.seconds is not None and self.effect != "NoExecute":
+            raise ValueError("a toleration with seconds needs effect: NoExecute")
         return self
 
 
@@ -82,6 +87,17 @@ class AffinityTerm(Section):
     key: str
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = "In"
     values: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _such_as_kubernetes_takes(self) -> Self:
+        """A pod that Kubernetes refuses is an error that Argo repeats on every level of the graph."""
+        if self.operator in ("In", "NotIn") and not self.values:
+            raise ValueError(f"an affinity with operator {self.operator} needs values")
+        if self.operator in ("Exists", "DoesNotExist") and self.values:
+            raise ValueError(f"an affinity with operator {self.operator} takes no values")
+        if self.operator in ("Gt", "Lt") and not (len(self.values) == 1 and self.values[0].isdecimal()):
+            raise ValueError(f"an affinity with operator {self.operator} needs one whole number as its values")
+        return self
 
 
 class Pool(Section):
@@ -126,7 +142,7 @@ class Volume(Section):
 class StoreAccess(Section):
     """The object store as the steps reach it. The secret holds the keys ``access_key`` and ``secret_key``."""
 
-    endpoint: str = Field(pattern=r"^[^/\s]+$", description="host:port without a scheme")
+    endpoint: str = Field(pattern=r"^[^/@\s]+$", description="host:port without a scheme")
     secure: bool = True
     region: str = "us-east-1"
     secret: Name = "avrt-store"
@@ -209,9 +225,15 @@ class Profile(Section):
     def _no_secret_values(self) -> Self:
         pools = {f"pools.{role}.environment": pool.environment for role, pool in self.pools.items()}
         for key, variables in {"environment": self.environment, **pools}.items():
-            for name in variables:
-                if re.search(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY|API_KEY)", name):
+            for name, value in variables.items():
+                if _CREDENTIAL.search(name) or _LOGIN.search(value):
                     raise ValueError(f"{key}.{name} looks like a credential: name its secret in secret_env instead")
+        for key, address in {
+            "pipelines.host": self.pipelines.host,
+            "tracking.uri": self.tracking and self.tracking.uri,
+        }.items():
+            if address and _LOGIN.search(address):
+                raise ValueError(f"{key} holds a password: a profile names secrets, and holds none")
         return self
 
     def pool(self, step: str, endpoint: EngineConfig | None = None) -> Pool:

@@ -143,6 +143,30 @@ def test_no_environment_holds_a_credential() -> None:
         profile(pools=pools)
     with pytest.raises(ValidationError, match=r"environment\.GIT_PASSWORD looks like a credential"):
         profile(environment={"GIT_PASSWORD": "x"})
+    with pytest.raises(ValidationError, match=r"environment\.HTTPS_PROXY looks like a credential"):
+        profile(environment={"HTTPS_PROXY": "http://me:pass@proxy.example.com:3128"})
+    with pytest.raises(ValidationError, match=r"tracking\.uri holds a password"):
+        profile(tracking={"uri": "https://me:pass@mlflow.example.com"})
+
+
+def test_an_environment_may_set_what_is_no_credential() -> None:
+    given = {"TOKENIZERS_PARALLELISM": "false", "HTTPS_PROXY": "http://proxy.example.com:3128"}
+    assert profile(environment=given).environment == given
+
+
+@pytest.mark.parametrize(
+    ("pool", "said"),
+    [
+        ({"affinity": [{"key": "gpu"}]}, "operator In needs values"),
+        ({"affinity": [{"key": "gpu", "operator": "Exists", "values": ["h100"]}]}, "takes no values"),
+        ({"affinity": [{"key": "memory", "operator": "Gt"}]}, "needs one whole number"),
+        ({"affinity": [{"key": "memory", "operator": "Lt", "values": ["much"]}]}, "needs one whole number"),
+        ({"tolerations": [{"key": "spot", "effect": "NoSchedule", "seconds": 60}]}, "needs effect: NoExecute"),
+    ],
+)
+def test_what_kubernetes_would_refuse_in_a_pod_is_refused_in_the_profile(pool: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Pool.model_validate(pool)
 
 
 def node(name: str = "n1", *, labels: dict[str, str] | None = None, taints: Any = (), **has: str) -> client.V1Node:
