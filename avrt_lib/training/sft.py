@@ -137,11 +137,10 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
         checkpoints.train(trainer, saver, resume)
     loop.check_trained(trainer.state)
     student.check_frozen(learner, frozen)
-    accuracy = rule.history[-1]["accuracy"] if rule is not None and rule.history else validate()[0]
     facts: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "loss": _last_loss(trainer),
-        "validation_accuracy": accuracy,
+        "validation_accuracy": reached(rule, validate),
         "stopped": (rule.outcome if rule is not None else None) or "steps",
         "seconds": time.monotonic() - started,
         "rows": len(examples),
@@ -316,6 +315,12 @@ def _validator(
         return total / len(asked), min(shares, default=0.0)
 
     return validate
+
+
+def reached(rule: StopRule | None, validate: Callable[[], tuple[float, float]]) -> float:
+    """The accuracy of the weights that are written, which the rule may have gone back to at the last step."""
+    known = rule.accuracy if rule is not None else None
+    return validate()[0] if known is None else known
 
 
 def _last_loss(trainer: SFTTrainer) -> float | None:

@@ -67,9 +67,10 @@ class StopRule(TrainerCallback):
 
     @property
     def accuracy(self) -> float | None:
-        """The accuracy of the weights that the model has now, at their last validation."""
+        """The accuracy of the weights that the model has now; None where they were not validated."""
         if self.outcome is None and self.snapshot is not None:
-            return float(self.snapshot["accuracy"])
+            known: float | None = self.snapshot["accuracy"]
+            return known
         return self.history[-1]["accuracy"] if self.history else None
 
     def restore(self, checkpoint: Path) -> None:
@@ -101,7 +102,7 @@ class StopRule(TrainerCallback):
         if self.outcome is not None:
             raise Finished
         if self.snapshot is None and self.can_retreat:
-            self.snapshot = _take(model, optimizer, accuracy=0.0)
+            self.snapshot = _take(model, optimizer, accuracy=None)
 
     def on_step_end(
         self,
@@ -149,14 +150,14 @@ class StopRule(TrainerCallback):
         ]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        log.info("above the band: back to accuracy %.3f, half the learning rate", self.snapshot["accuracy"])
+        log.info("above the band: back to accuracy %s, half the learning rate", self.snapshot["accuracy"])
 
 
 def _trainable(model: Any) -> dict[str, torch.Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _take(model: Any, optimizer: Any, *, accuracy: float) -> dict[str, Any]:
+def _take(model: Any, optimizer: Any, *, accuracy: float | None) -> dict[str, Any]:
     """A copy of the trainable weights and the optimizer's state in the host's memory."""
     weights = {name: p.detach().to("cpu", copy=True) for name, p in _trainable(model).items()}
     return {

@@ -16,6 +16,7 @@ compat.apply()  # torchvision beside a CPU build of torch
 from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402
 
 from avrt_lib.config import SftConfig  # noqa: E402
+from avrt_lib.training import sft  # noqa: E402
 from avrt_lib.training.checkpoints import Finished  # noqa: E402
 from avrt_lib.training.stop_rule import MAX_RETREATS, StopRule  # noqa: E402
 
@@ -134,3 +135,21 @@ def test_training_that_had_ended_is_not_gone_on_with(tmp_path: Path) -> None:
     fresh.rule.restore(tmp_path / "checkpoint-4")
     with pytest.raises(Finished):
         fresh.rule.on_train_begin(fresh.arguments, fresh.state, fresh.control, **fresh.objects)
+
+
+@pytest.mark.parametrize(("accuracies", "expected"), [([0.5, 0.9], 0.5), ([0.5, 0.55], 0.55), ([0.5, 0.7], 0.7)])
+def test_what_is_reported_is_the_accuracy_of_the_weights_that_are_written(
+    accuracies: list[float], expected: float
+) -> None:
+    run = Run(accuracies)
+    run.state.max_steps = 8
+    run.until_stop(8)
+    assert sft.reached(run.rule, lambda: (0.0, 0.0)) == expected
+
+
+def test_weights_that_were_never_validated_are_validated_for_the_report() -> None:
+    run = Run([0.9])
+    run.state.max_steps = 4
+    run.until_stop(4)
+    assert run.model.weight.item() == pytest.approx(0.0)
+    assert sft.reached(run.rule, lambda: (0.25, 0.0)) == 0.25
