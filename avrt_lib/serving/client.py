@@ -17,6 +17,7 @@ from avrt_lib.config import Config
 from avrt_lib.engine import messages
 from avrt_lib.errors import ServingError, UsageError
 from avrt_lib.records import LETTERS, Sample
+from avrt_lib.serving.keys import header_key
 
 if TYPE_CHECKING:
     import httpx
@@ -75,6 +76,7 @@ def ask(
 
     Raises:
         UsageError: where the options are too few or too many, no media is given, or several models are served.
+        ConfigError: where the key is none that can be sent.
         MediaError: where a file cannot be decoded; the message names it.
         ServingError: where the server does not answer, or refuses.
     """
@@ -210,7 +212,8 @@ def _request(
 ) -> dict[str, Any]:
     import httpx
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    key = header_key(api_key or "", "The API key")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     connect_s = min(timeout_s, _CONNECT_S)
     try:
         with httpx.Client(
@@ -244,7 +247,7 @@ def _refusal(response: httpx.Response) -> str:
     status, said = response.status_code, _said(response.text)
     detail = f": {said}" if said else ""
     if status == 401:
-        return f"refused the API key{detail} (give the server's own with --api-key-env)"
+        return f"refused the API key{detail} (give the server's own in AVRT_API_KEY)"
     if status == 403:
         return f"answered 403, the API key may not be used{detail}"
     if 300 <= status < 400:

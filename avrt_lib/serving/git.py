@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from avrt_lib.config import DeploymentConfig
 from avrt_lib.errors import ConfigError, EnvironmentProblem, ServingError
+from avrt_lib.serving.keys import header_key
 
 _TIMEOUT_S = 120
 _PROTOCOLS = "https:ssh:file"
@@ -73,7 +74,7 @@ class Repository:
         config: address, token and signing.
 
     Raises:
-        ConfigError: where the variable that should hold the token is empty.
+        ConfigError: where the variable that should hold the token is empty, or holds none that can be sent.
         EnvironmentProblem: where git is not installed.
     """
 
@@ -85,7 +86,7 @@ class Repository:
         # The copy is gone in a moment: it needs no tidying up.
         self._settings = [("core.hooksPath", os.devnull), ("gc.auto", "0"), ("maintenance.auto", "false")]
         if config.git.token_env:
-            self._token = os.environ.get(config.git.token_env, "").strip()
+            self._token = header_key(os.environ.get(config.git.token_env, ""), config.git.token_env)
             if not self._token:
                 raise ConfigError(
                     f"The environment variable {config.git.token_env} (deployment.git.token_env) is not set: put the "

@@ -21,6 +21,7 @@ from avrt_lib.config import StudentConfig
 from avrt_lib.engine import student_media
 from avrt_lib.errors import AvrtError, ConfigError, UsageError
 from avrt_lib.serving.gate import EXPOSE_METRICS
+from avrt_lib.serving.keys import header_key
 
 # At module level: vLLM's engine process is spawned and imports this module anew, before it imports vLLM.
 compat.apply()
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         UsageError: where an option would open what the launcher closes.
-        ConfigError: where there is no API key or no model.
+        ConfigError: where there is no API key or none that can be sent, or no model.
     """
     options, rest = parser().parse_known_args(arguments)
     for option in rest:
@@ -133,7 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _set_environment(options: argparse.Namespace) -> None:
     if not (options.model / "config.json").exists():
         raise ConfigError(f"{options.model} is not a model folder (it has no config.json).")
-    key = next((os.environ[name] for name in API_KEYS if os.environ.get(name)), "")
+    keys = (header_key(os.environ.get(name, ""), name) for name in API_KEYS)
+    key = next(filter(None, keys), "")
     if options.no_api_key:
         os.environ.pop("VLLM_API_KEY", None)
     elif not key:

@@ -141,6 +141,19 @@ def test_the_key_comes_from_a_variable_or_an_option(
     assert (code, "NO_SUCH_KEY (--api-key-env) is not set" in err) == (2, True)
 
 
+def test_a_key_that_no_header_may_hold_is_not_shown(
+    ask: Any, server: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AVRT_API_KEY", "s3cret\n")  # as from a file
+    assert ask()[0] == 0
+    assert server.asked[-1][1] == "Bearer s3cret"
+    for key in ("s3cret\nsecond", "s3crét"):
+        monkeypatch.setenv("AVRT_API_KEY", key)
+        code, out, err = ask()
+        assert (code, "The API key holds a line break or a character outside ASCII" in err) == (3, True)
+        assert "s3cr" not in out + err
+
+
 def test_the_key_of_this_machine_stays_on_it(
     ask: Any, server: Answering, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +191,7 @@ def vllm_error(status: int, message: str) -> dict[str, Any]:
         (
             401,
             {"error": "Unauthorized"},
-            "refused the API key: Unauthorized (give the server's own with --api-key-env)",
+            "refused the API key: Unauthorized (give the server's own in AVRT_API_KEY)",
         ),
         (403, "RBAC: access denied", "answered 403, the API key may not be used: RBAC: access denied"),
         (404, vllm_error(404, "The model `x` does not exist."), "answered 404: The model `x` does not exist (is the"),

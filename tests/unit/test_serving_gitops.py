@@ -181,6 +181,16 @@ def test_credentials_are_not_shown(remote: Path, tmp_path: Path, monkeypatch: py
     assert "t0ken" not in str(problem.value)
 
 
+def test_a_token_that_no_request_takes_is_not_shown(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AVRT_TEST_TOKEN", "t0ken\nsecond line")
+    config = configured(remote, **{"deployment.git.token_env": "AVRT_TEST_TOKEN"})
+    with pytest.raises(ConfigError, match="AVRT_TEST_TOKEN holds a line break") as problem:
+        Model().promote(config, tmp_path)
+    assert "t0ken" not in str(problem.value)
+
+
 def test_links_and_files_in_the_way_lead_nowhere(remote: Path, tmp_path: Path) -> None:
     (tmp_path / "seed/models/avrt-miniature").symlink_to(tmp_path / "outside")
     (tmp_path / "outside").mkdir()

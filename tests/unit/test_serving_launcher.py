@@ -82,7 +82,7 @@ def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
 
 
 def test_the_key_reaches_vllm_by_the_environment(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AVRT_API_KEY", "k")
+    monkeypatch.setenv("AVRT_API_KEY", "k\n")  # a secret that was made of a file
     monkeypatch.setenv("VLLM_API_KEY", "old")
     monkeypatch.setenv("AVRT_EXPOSE_METRICS", "1")
     launcher._set_environment(launcher.parser().parse_args([f"--model={model}", "--served-model-name=m"]))
