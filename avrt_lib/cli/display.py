@@ -114,7 +114,11 @@ class Watch:
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[took]}", justify="right", table_column=Column(min_width=7, no_wrap=True)),
-                TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+                TextColumn(
+                    "{task.fields[note]}",
+                    markup=False,  # a step's own words, which may hold brackets
+                    table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+                ),
                 console=self._console,
                 expand=True,
             )

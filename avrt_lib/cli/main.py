@@ -165,7 +165,7 @@ def compile_(
         kubernetes=kubernetes,
         data_hash=data_hash,
     )
-    out.print(f"Written: {output}", soft_wrap=True)
+    out.print(f"Written: {output}", soft_wrap=True, markup=False)
 
 
 @app.command()

@@ -138,7 +138,7 @@ def licences(
         used = licences_of(resolve(find_config(config), {}))
         rows = [licence for licence in used.values() if licence is not None]
         for reference in [reference for reference, licence in used.items() if licence is None]:
-            err.print(f"{reference}: its licence is not known here; read its card.", soft_wrap=True)
+            err.print(f"{reference}: its licence is not known here; read its card.", soft_wrap=True, markup=False)
     table = Table("model", "licence", "commercial use", "note")
     for row in rows:
         table.add_row(row.model, row.licence, row.commercial, row.note)
@@ -154,11 +154,11 @@ def _hub_models(file: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _note(published: Published, lock: Path) -> None:
-    out.print(f"{published.name}: {published.address}", soft_wrap=True)
+    out.print(f"{published.name}: {published.address}", soft_wrap=True, markup=False)
     if published.revision is None:
         err.print("No commit is known, so nothing is written to the lock: name it with --revision.", soft_wrap=True)
         return
     from avrt_lib.hub.lock import record
 
     record(lock, published.name, published.revision, published.address)
-    err.print(f"Written to {lock}", soft_wrap=True)
+    err.print(f"Written to {lock}", soft_wrap=True, markup=False)

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from avrt_lib.config import Config
@@ -37,7 +38,7 @@ def models_table(summary: dict[str, Any]) -> Table:
     )
     kinds = kinds_of(models)
     kinds = kinds if _fit(kinds) else []
-    for column in ("model", "acc.", "interval", "invalid", "words", *kinds, "audio", "vision"):
+    for column in ("model", "acc.", "interval", "invalid", "words", *map(escape, kinds), "audio", "vision"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for role, label in ROLES:
         table.add_row(*_row(label, models[role], kinds))
@@ -61,7 +62,7 @@ def kinds_table(models: dict[str, Any]) -> Table:
     for _, label in ROLES:
         table.add_column(label, justify="right", no_wrap=True)
     for kind in kinds_of(models):
-        table.add_row(kind, *(percent((models[role]["by_kind"] or {}).get(kind)) for role, _ in ROLES))
+        table.add_row(escape(kind), *(percent((models[role]["by_kind"] or {}).get(kind)) for role, _ in ROLES))
     return table
 
 
@@ -90,9 +91,10 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
             console.print(kinds_table(summary["models"]))
     champion, promotion = summary["champion"], summary["promotion"]
     if champion:
-        console.print(f"Champion: {champion['model']} version {champion['version']}, {champion['uri']}", soft_wrap=True)
+        line = f"Champion: {champion['model']} version {champion['version']}, {champion['uri']}"
+        console.print(line, soft_wrap=True, markup=False)
     elif promotion["promoted"] is False:
-        console.print(f"No champion: {promotion['reason']}", soft_wrap=True)
+        console.print(f"No champion: {promotion['reason']}", soft_wrap=True, markup=False)
 
 
 def fidelity_rows(model: type[BaseModel], config: BaseModel, prefix: str = "") -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def start(config_file: Path | None, changes: dict[str, Any], *, runs_dir: Path, 
         folder = find(runs_dir, resume)
         config = resumed(folder, config_file, changes)
         data_hash = fingerprint(config.data)
-    err.print(f"Run {folder.path} ({config.name}, seed {config.seed})", soft_wrap=True)
+    err.print(f"Run {folder.path} ({config.name}, seed {config.seed})", soft_wrap=True, markup=False)
     if config.data.overlap_splits:
         err.print("Every clip stands in all splits (data.overlap_splits): accuracies say nothing about unseen clips.")
     with Watch(folder, config, err) as watch:
@@ -67,11 +67,12 @@ def _show_result(folder: RunFolder, summary: dict[str, Any], runs_dir: Path) -> 
     show_summary(summary, out)
     failure = summary["failure"]
     if folder.report_file.exists():
-        out.print(f"Report: {folder.report_file}", soft_wrap=True)
+        out.print(f"Report: {folder.report_file}", soft_wrap=True, markup=False)
     if failure:
         where = f" in {failure['step']}" if failure["step"] else ""
-        err.print(f"avrt: error{where} ({failure['code']}): {' '.join(failure['message'].split())}", soft_wrap=True)
-        err.print(f"Log: {log_of(folder, failure['step'])}", soft_wrap=True)
+        line = f"avrt: error{where} ({failure['code']}): {' '.join(failure['message'].split())}"
+        err.print(line, soft_wrap=True, markup=False)
+        err.print(f"Log: {log_of(folder, failure['step'])}", soft_wrap=True, markup=False)
         return
     options = "" if runs_dir == (Path.cwd() / "runs") else f" --runs-dir {runs_dir}"
     if summary["champion"]:

@@ -68,13 +68,13 @@ def serve_model(runs_dir: Path, *, run: str, model: Path | None, host: str, port
         )
         starting = f"Starting vLLM with {place} …"
         if not err.is_terminal:  # where a status shows nothing
-            err.print(starting, soft_wrap=True)
-        with err.status(starting), contextlib.ExitStack() as started:
+            err.print(starting, soft_wrap=True, markup=False)
+        with err.status(Text(starting)), contextlib.ExitStack() as started:
             started.enter_context(served)
             running = started.pop_all()
         with running:
             out.print(f"Serving {served.name} at {served.base_url}", soft_wrap=True)
-            out.print(f"API key: in {kept}; log: {served.log}", soft_wrap=True)
+            out.print(f"API key: in {kept}; log: {served.log}", soft_wrap=True, markup=False)
             out.print(
                 f'Ask it: {program()} ask --video clip.mp4 "…?" --option "…" --option "…"; stop with Ctrl-C.',
                 soft_wrap=True,

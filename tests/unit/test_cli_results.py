@@ -14,6 +14,7 @@ from avrt_lib.cli.run import rebuild_report
 from avrt_lib.config import load
 from avrt_lib.errors import UsageError
 from avrt_lib.runs import create
+from avrt_lib.workspace import Workspace
 
 
 def shown(*kinds: str) -> str:
@@ -47,6 +48,21 @@ def test_no_figure_and_no_kind_is_cut_off_in_80_columns(kinds: tuple[str, ...]) 
         assert kind in text
     assert text.count("62.5") == 3 * len(kinds)
     assert text.count("25.0–75.0") == 3
+
+
+def test_brackets_in_names_of_kinds_are_shown() -> None:
+    assert "[old]" in shown("[old]", "[/x]")
+    assert "[/a kind of question with a long name]" in shown("[/a kind of question with a long name]")
+
+
+def test_brackets_in_a_failure_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = create(tmp_path / "[runs]", load(Path(__file__).parents[2] / "configs" / "miniature.yaml"))
+    failure = {"step": "merger", "code": "engine_failed", "message": "its template ends in [/INST]: use [this] one"}
+    Workspace(folder.work, "merger", tmp_path).report(status="failed", seconds=1.0, started=1.0, failure=failure)
+    rebuild_report(tmp_path / "[runs]", folder.path.name)
+    seen = capsys.readouterr()
+    assert "its template ends in [/INST]: use [this] one" in seen.err
+    assert str(folder.report_file) in seen.out
 
 
 def test_a_run_that_is_going_on_is_not_reported_as_interrupted(tmp_path: Path) -> None:
