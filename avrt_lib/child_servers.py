@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -34,6 +35,7 @@ def require_free(port: int, host: str = LOOPBACK) -> None:
 
     Raises:
         PortInUseError: where somebody else listens on it.
+        EnvironmentProblem: where it cannot be listened on for another reason, such as an address of another machine.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # Servers set this too: a port in TIME_WAIT is free, one that is listened on is not.
@@ -41,8 +43,13 @@ def require_free(port: int, host: str = LOOPBACK) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise PortInUseError(
-                f"Port {port} on {host} is taken ({error.strerror}): stop what listens there or choose another."
+            if error.errno == errno.EADDRINUSE:
+                raise PortInUseError(
+                    f"Port {port} on {host} is taken: stop what listens there or choose another."
+                ) from error
+            raise EnvironmentProblem(
+                f"Port {port} on {host} cannot be listened on ({error.strerror}): name an address of this machine, and "
+                "a port that you may use."
             ) from error
 
 

@@ -15,7 +15,6 @@ from avrt_lib.cli import models, serving
 from avrt_lib.cli.console import err, fail, out
 from avrt_lib.cli.options import DEFAULT_CONFIG, find_config, overrides, resolve
 from avrt_lib.cli.plan import plan
-from avrt_lib.errors import UsageError
 
 EPILOG_RUN = """
 **Examples**
@@ -264,7 +263,7 @@ def doctor(
         Path | None, typer.Option("--config", "-c", help="Check for this configuration too.", metavar="FILE")
     ] = None,
     runs_dir: RunsDir = RUNS,
-    port: Annotated[int, typer.Option(help="The port that would be served on.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port that would be served on.")] = 8000,
     cluster: Annotated[
         Path | None,
         typer.Option(help="Check the cluster that KUBECONFIG names against this profile instead.", metavar="PROFILE"),
@@ -358,8 +357,6 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         sys.exit(fail(error, debug=os.environ.get("AVRT_DEBUG") == "1"))
 
-
-__all__ = ["UsageError", "app", "main"]
 
 if __name__ == "__main__":
     main()

@@ -14,6 +14,8 @@ from avrt_lib.steps import STEPS, run_step
 LISTS = frozenset({"vision_traces", "audio_traces"})
 #: Inputs and parameters that a step does without.
 OPTIONAL = frozenset({"model", "data_hash"})
+#: Parameters that are numbers; the others are texts, whatever they look like.
+NUMBERS = frozenset({"shard"})
 
 
 def run_one(
@@ -38,7 +40,9 @@ def run_one(
         else:
             given[key] = value
     placed = dict(_pairs("--output", outputs, step.outputs))
-    plain: dict[str, Any] = {k: int(v) if v.isdigit() else v for k, v in _pairs("--param", params, step.params)}
+    plain: dict[str, Any] = {
+        key: _number(key, value) if key in NUMBERS else value for key, value in _pairs("--param", params, step.params)
+    }
     _complete("--input", name, step.inputs, given)
     _complete("--output", name, step.outputs, placed)
     _complete("--param", name, step.params, plain)
@@ -57,6 +61,13 @@ def _pairs(option: str, items: list[str], known: tuple[str, ...]) -> list[tuple[
             raise UsageError(f"{option} {takes}, not {item!r}.")
         pairs.append((key, value))
     return pairs
+
+
+def _number(key: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError as error:
+        raise UsageError(f"--param {key} takes a whole number, not {value!r}.") from error
 
 
 def _complete(option: str, step: str, known: tuple[str, ...], given: dict[str, Any]) -> None:

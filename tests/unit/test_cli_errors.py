@@ -49,6 +49,8 @@ def _without_debug(monkeypatch: pytest.MonkeyPatch) -> None:
         (["step", "merger", "--input", "samples=/nonexistent"], 2, "no such folder"),
         (["step", "ingest"], 2, "--output samples=…"),
         (["step", "ingest", "--param", "shard=1"], 2, "takes data_hash=…"),
+        (["step", "vision_teacher", "--param", "shard=one"], 2, "--param shard takes a whole number, not 'one'"),
+        (["serve", "--host", "192.0.2.1"], 7, "cannot be listened on (Cannot assign requested address)"),
         (["ask", "Q?", "--video", "/nonexistent.mp4"], 2, "There is no file /nonexistent.mp4"),
         (["ask", "Q?", "--option", "a"], 2, "two to 8 options"),
         (["report"], 2, "There is no run 'latest'"),
