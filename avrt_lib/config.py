@@ -543,7 +543,9 @@ def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
     node = document
     for parent in parents:
-        child = node.setdefault(parent, {})
+        child = node.get(parent)
+        if child is None:  # also where the file says null, as the configuration of a run does of what is not set
+            child = node[parent] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"--set {dotted}: {parent} is a value, not a section.")
         node = child

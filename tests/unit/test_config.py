@@ -1,4 +1,4 @@
-"""Addresses that a configuration may hold: it is written to files, logs, MLflow and reports."""
+"""Overrides, and addresses that a configuration may hold: it is written to files, logs, MLflow and reports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from avrt_lib.config import load
 from avrt_lib.errors import ConfigError
+from avrt_lib.runs import write_config
 
 MINIATURE = Path(__file__).parents[2] / "configs" / "miniature.yaml"
 
@@ -40,3 +41,14 @@ def test_an_endpoint_address_holds_no_key_and_the_error_does_not_tell_it(url: st
 )
 def test_an_endpoint_address_without_a_key_stands(url: str) -> None:
     assert load(MINIATURE, endpoint(url)).teachers.vision.engine.base_url == url
+
+
+def test_a_key_of_a_section_that_a_run_wrote_as_null_can_be_set(tmp_path: Path) -> None:
+    write_config(tmp_path / "config.yaml", load(MINIATURE))
+    changed = load(
+        tmp_path / "config.yaml", {"student.lora.rank": 8, "sft.deepspeed": "none", "grpo.deepspeed": "none"}
+    )
+    assert changed.student.lora is not None
+    assert changed.student.lora.rank == 8
+    with pytest.raises(ConfigError, match="seed is a value, not a section"):
+        load(tmp_path / "config.yaml", {"seed.x": 1})
