@@ -59,7 +59,8 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, so
 def _own(path: Path, known: dict[str, Sample], max_words: int) -> Iterator[Merged]:
     """Rows of a file of one's own; what is wrong with a line is said with its number."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a JSON text may hold characters that it takes for line breaks.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
     for number, line in enumerate(lines, 1):
@@ -67,7 +68,10 @@ def _own(path: Path, known: dict[str, Sample], max_words: int) -> Iterator[Merge
             continue
         try:
             row = json.loads(line)
-            name, reasoning, letter = str(row["sample_id"]), str(row["reasoning"]).strip(), str(row["answer"]).strip()
+            name, reasoning, letter = str(row["sample_id"]), row["reasoning"], str(row["answer"]).strip()
+            if not isinstance(reasoning, str):
+                raise TypeError(f"reasoning is no text but {type(reasoning).__name__}")
+            reasoning = reasoning.strip()
         except (json.JSONDecodeError, TypeError, KeyError) as error:
             raise DataError(
                 f"{path}, line {number}: each line is a JSON object with sample_id, reasoning and answer ({error})."

@@ -148,12 +148,20 @@ def test_own_traces_become_merged_rows(data: tuple[Path, Path], tmp_path: Path) 
     assert (second.cell, second.flags) == ("none", ["wrong_answer"])
 
 
+def test_a_text_may_hold_any_character(data: tuple[Path, Path], tmp_path: Path) -> None:
+    said = "One line\u2028and the next\u0085of it."
+    letter = tiny_models.sample(0).answer_letter
+    bring(data[0], own(tmp_path, json.dumps(row(0, reasoning=said, answer=letter), ensure_ascii=False)), tmp_path)
+    assert [trace.reasoning for trace in read_rows(tmp_path / "merged", Merged)] == [said]
+
+
 @pytest.mark.parametrize(
     ("line", "said"),
     [
         ("{not json", "line 2: each line is a JSON object"),
         ({"sample_id": "train-0001", "answer": "A"}, "line 2: .*'reasoning'"),
         ([1, 2], "line 2: each line is a JSON object"),
+        (row(1, reasoning=None), "line 2: .*reasoning is no text but NoneType"),
         (row(77), "line 2: there is no training sample 'train-0077'"),
         (row(1, answer="Z"), "line 2: the answer is one letter of the options, not 'Z'"),
         (row(1, answer="the bell"), "line 2: the answer is one letter"),
