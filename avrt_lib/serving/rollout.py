@@ -46,11 +46,14 @@ CANDIDATE = "-candidate"
 PREVIOUS = "avrt/previous"
 #: The model that a rollback took away.
 ROLLED_BACK = "avrt/rolled-back-from"
+#: On a candidate: the champion that it belongs to.
+_OF = "avrt/candidate-of"
 _ORIGIN = (MODEL_VERSION, MODEL_SHA256, RUN, DATA)
 _ARGO = "argocd.argoproj.io/tracking-id"
 #: What the Lease notes: what has passed its check, and its time with real traffic, by fingerprint; the route that may
-#: lead to the candidate now; the model, and the stage, for people.
-_CHECKED, _SHARED, _ROUTE, _URI = "avrt/checked", "avrt/shared", "avrt/route", "avrt/uri"
+#: lead to the candidate now; the model, and the stage, for people and for a rollback.
+_CHECKED, _SHARED, _ROUTE = "avrt/checked", "avrt/shared", "avrt/route"
+_URI, _STAGE = "avrt/uri", "avrt/stage"
 _ENDED = {"uri": None, "stage": None, "checked": None, "shared": None}
 _REMOVAL_S = 180.0
 _TRIES = 10
@@ -102,7 +105,7 @@ class Wanted:
         service = copy.deepcopy(self.service)
         service["metadata"]["name"] = self.name + CANDIDATE
         service["metadata"].setdefault("annotations", {}).update(
-            {"avrt/candidate-of": self.name, _CHECKED: self.fingerprint, "serving.kserve.io/autoscalerClass": "none"}
+            {_OF: self.name, _CHECKED: self.fingerprint, "serving.kserve.io/autoscalerClass": "none"}
         )
         if "app.kubernetes.io/name" in (labels := service["metadata"].get("labels") or {}):
             labels["app.kubernetes.io/name"] = service["metadata"]["name"]
@@ -183,7 +186,8 @@ def rollout(
 
     Raises:
         Busy: where another rollout of this champion is going on.
-        UsageError: where the names are too long, Argo CD would undo the change, or the route is none to share.
+        UsageError: where the names are too long, Argo CD would undo the change, the route is none to share, or an
+            InferenceService of somebody else has the candidate's name.
         ServingError: where the candidate fails, which leaves the champion as it was; or where the champion does not
             come up with the new model, which sets it back.
     """
@@ -197,7 +201,7 @@ def rollout(
     route = Route(cluster, split.route, wanted.name, candidate_name) if split else None
     with Lease(cluster, _lease_name(wanted.name)) as lease:
         while True:
-            champion, candidate = cluster.service(wanted.name), cluster.service(candidate_name)
+            champion, candidate = cluster.service(wanted.name), _candidate(cluster, wanted.name)
             if champion is not None:
                 _refuse_argo(champion)
             if route and _ROUTE not in lease.notes and route.is_shared():  # by a rollout whose Lease was lost
@@ -240,7 +244,8 @@ def rollback(cluster: Cluster, name: str, *, timeout_s: float, told: Callable[[s
 
     Raises:
         Busy: where a rollout is going on.
-        UsageError: where there is no champion, it has no previous model, or Argo CD would undo the change.
+        UsageError: where there is no champion, it has no previous model, Argo CD would undo the change, or what has
+            the candidate's name is none.
         ServingError: where the previous model does not serve.
     """
     with Lease(cluster, _lease_name(name)) as lease:
@@ -249,8 +254,10 @@ def rollback(cluster: Cluster, name: str, *, timeout_s: float, told: Callable[[s
             raise UsageError(f"There is no InferenceService {name} in {cluster.namespace}.")
         _refuse_argo(champion)
         begun = lease.notes.get(_URI)
-        given_up = begun is not None and begun != storage_uri(champion)
-        if cluster.service(name + CANDIDATE) is not None or _ROUTE in lease.notes:
+        # A rollout of the same model with other settings is told by its stage alone.
+        changed = begun == storage_uri(champion) and lease.notes.get(_STAGE) == Stage.PROMOTING
+        given_up = begun is not None and not changed
+        if _candidate(cluster, name) is not None or _ROUTE in lease.notes:
             told("removing the candidate")
             _clear(cluster, lease, name)
         lease.note(**_ENDED)
@@ -400,6 +407,21 @@ def _starts(pods: list[Document]) -> set[tuple[str, str, int]]:
         for pod in pods
         for container in container_statuses(pod)
     }
+
+
+def _candidate(cluster: Cluster, name: str) -> Document | None:
+    """A champion's candidate, or None.
+
+    Raises:
+        UsageError: where what has its name is somebody else's, and so not to be removed.
+    """
+    found = cluster.service(name + CANDIDATE)
+    if found is not None and annotations_of(found).get(_OF) != name:
+        raise UsageError(
+            f"{cluster.namespace}/{name}{CANDIDATE} is no rollout's candidate (it has no annotation {_OF}={name}): "
+            f"rename or remove it, since a rollout of {name} needs the name."
+        )
+    return found
 
 
 def _clear(cluster: Cluster, lease: Lease, name: str) -> None:

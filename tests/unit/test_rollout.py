@@ -313,6 +313,41 @@ def test_rollback_gives_up_a_rollout_that_was_killed(running: Memory) -> None:
     assert running.service(NAME + CANDIDATE) is None
 
 
+def test_rollback_gives_up_other_settings_of_the_same_model(running: Memory) -> None:
+    roll(running)
+    other = to_uri(champion(), NEW, "7")
+    other.service["spec"]["predictor"]["model"]["args"] = ["--frames=8"]
+    running.kill_after = len(running.changes) + 1
+    with pytest.raises(Killed):
+        roll(running, wanted=other)
+    assert back(running).uri == NEW
+    assert running.service(NAME + CANDIDATE) is None
+
+
+def test_rollback_takes_other_settings_of_the_same_model_back(running: Memory) -> None:
+    roll(running)
+    other = to_uri(champion(), NEW, "7")
+    other.service["spec"]["predictor"]["model"]["args"] = ["--frames=8"]
+    running.kill_after = len(running.changes) + 3  # when the champion changes
+    with pytest.raises(Killed):
+        roll(running, wanted=other)
+    assert back(running).uri == NEW
+    stored = running.service(NAME)
+    assert stored is not None
+    assert stored["spec"]["predictor"]["model"]["args"] == ["--frames=4"]
+
+
+def test_somebody_elses_service_of_the_candidates_name_is_not_removed(running: Memory) -> None:
+    theirs = champion()
+    theirs["metadata"]["name"] = NAME + CANDIDATE
+    running.create(theirs)
+    running.changes.clear()
+    for call in (roll, back):
+        with pytest.raises(UsageError, match="is no rollout's candidate"):
+            call(running)
+    assert running.changes == []
+
+
 def test_rollback_needs_something_to_go_back_to(running: Memory) -> None:
     with pytest.raises(UsageError, match="no previous model"):
         back(running)
