@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from avrt_lib.errors import EnvironmentProblem, ServingError
 
@@ -47,24 +51,18 @@ class Documents:
 class Cluster:
     """One namespace of the cluster that KUBECONFIG names, or of the one that this pod runs in.
 
-    Every method raises EnvironmentProblem where the API server does not answer, has no KServe or forbids the call, and
-    ServingError with its own words where it refuses an object.
+    Every method raises EnvironmentProblem where the API server does not answer or cannot, has no KServe or forbids the
+    call, and ServingError with its own words where it refuses an object.
 
     Raises:
         EnvironmentProblem: where nothing says which cluster is meant.
     """
 
     def __init__(self, namespace: str) -> None:
-        from kubernetes import client, config
+        from kubernetes import client
 
         self.namespace = namespace
-        settings = client.Configuration()
-        try:
-            config.load_config(client_configuration=settings)
-        except (config.ConfigException, OSError) as error:
-            text = " ".join(str(error).split())
-            raise EnvironmentProblem(f"There is no cluster to talk to ({text}): set KUBECONFIG.") from error
-        api = client.ApiClient(settings)
+        api = client.ApiClient(_access())
         self._objects = client.CustomObjectsApi(api)
         self._apps = client.AppsV1Api(api)
         self._core = client.CoreV1Api(api)
@@ -231,21 +229,47 @@ class Cluster:
                 raise EnvironmentProblem(
                     f"The cluster does not know {kind}: install {needed} (docs/serving.md)."
                 ) from error
-            if (error.status == 404 and absent_is_fine) or (error.status in (400, 404) and refusal_is_fine):
+            away = error.status >= 500 or error.status == 429  # also a node that does not give its logs
+            if (error.status == 404 and absent_is_fine) or (refusal_is_fine and (away or error.status in (400, 404))):
                 return None
             if error.status == 409:
                 raise Conflict(f"The cluster refused to {what}: {message}") from error
-            if error.status in (401, 403) and "admission webhook" not in (message or ""):
+            said = message or f"{error.status} {error.reason}"
+            if away:  # no word on the object: nothing is to be taken back for it
+                raise EnvironmentProblem(
+                    f"The API server could not {what} in {self.namespace} ({said}): try again."
+                ) from error
+            if error.status == 401:
+                raise EnvironmentProblem(
+                    f"The API server does not take the credentials of KUBECONFIG ({said}): log in again."
+                ) from error
+            if error.status == 403 and "admission webhook" not in (message or ""):
                 raise EnvironmentProblem(
                     f"This account may not {what} in {self.namespace}: bind the Role avrt-deployer to it "
-                    f"(manifests/base). {message or error.reason}"
+                    f"(manifests/base). {said}"
                 ) from error
-            raise ServingError(
-                f"The cluster refused to {what} in {self.namespace}: {message or f'{error.status} {error.reason}'}"
-            ) from error
+            raise ServingError(f"The cluster refused to {what} in {self.namespace}: {said}") from error
         except urllib3.exceptions.HTTPError as error:
             reason = " ".join(str(error).split())[:200]
             raise EnvironmentProblem(f"The API server does not answer ({reason}): look at KUBECONFIG.") from error
+
+
+def _access() -> Any:
+    """The client's settings for the cluster that KUBECONFIG names, or ~/.kube/config, or else this pod's own."""
+    from kubernetes import client, config
+
+    settings, named = client.Configuration(), os.environ.get("KUBECONFIG")
+    try:
+        # Not the client's load_config: it knows no list of files, and says on standard output where it looked.
+        if named or Path("~/.kube/config").expanduser().exists():
+            config.load_kube_config(named or None, client_configuration=settings)
+        else:
+            config.load_incluster_config(client_configuration=settings)
+    except (config.ConfigException, OSError, yaml.YAMLError, TypeError) as error:  # TypeError: YAML that is no mapping
+        text = " ".join(str(error).split())
+        mend = f"correct KUBECONFIG, which is {named}" if named else "set KUBECONFIG"
+        raise EnvironmentProblem(f"There is no cluster to talk to ({text.rstrip('.')}): {mend}.") from error
+    return settings
 
 
 def container_statuses(pod: Document) -> list[Document]:

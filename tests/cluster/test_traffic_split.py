@@ -142,11 +142,10 @@ def test_the_deployers_role_may_share(followed: str, tmp_path: Path, monkeypatch
     for name, granted in (("without", less), ("deployer", rules)):
         gateway.allow(followed, name, granted)
         gateway.kubeconfig(followed, name, tmp_path / name)
-    named = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"  # KUBECONFIG, as it was at the import
-    monkeypatch.setattr(named, str(tmp_path / "without"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "without"))
     with pytest.raises(EnvironmentProblem, match=r"may not get httproutes in .* bind the Role avrt-deployer"):
         of_champion(followed).check()
-    monkeypatch.setattr(named, str(tmp_path / "deployer"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "deployer"))
     assert wait_for(lambda: is_taken(of_champion(followed)), 10)
 
 

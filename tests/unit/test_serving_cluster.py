@@ -1,0 +1,129 @@
+"""What serving makes of an API server's refusals, and of a cluster that cannot be found; the answers are recorded."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import yaml
+
+from avrt_lib.errors import AvrtError, EnvironmentProblem, ServingError
+from avrt_lib.serving.cluster import Cluster, Conflict
+
+SERVICE = {"metadata": {"name": "champion", "uid": "1"}, "spec": {}}
+ENDED = {"name": "kserve-container", "state": {"terminated": {"exitCode": 3}}}
+
+
+class _ApiServer(http.server.BaseHTTPRequestHandler):
+    """Answers by path; what is not set is an empty list."""
+
+    answers: ClassVar[dict[str, tuple[int, object]]] = {}
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0].removeprefix("/apis").removeprefix("/api")
+        status, document = self.answers.get(path, (200, {"items": []}))
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def kubeconfig(path: Path, address: str) -> str:
+    document = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "c", "cluster": {"server": address}}],
+        "users": [{"name": "u", "user": {"token": "t"}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "current-context": "c",
+    }
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[int, object]]]:
+    """What the API server answers, by path; KUBECONFIG names it."""
+    monkeypatch.setattr(_ApiServer, "answers", {})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _ApiServer) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        monkeypatch.setenv("KUBECONFIG", kubeconfig(tmp_path / "config", f"http://127.0.0.1:{running.server_port}"))
+        yield _ApiServer.answers
+        running.shutdown()
+
+
+CHAMPION = "/serving.kserve.io/v1beta1/namespaces/avrt/inferenceservices/champion"
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "kind", "said"),
+    [
+        (401, "Unauthorized", EnvironmentProblem, r"does not take the credentials of KUBECONFIG \(Unauthorized\)"),
+        (403, "User x cannot get", EnvironmentProblem, "may not get inferenceservices in avrt: bind the Role"),
+        (403, 'admission webhook "a" denied', ServingError, "refused to get inferenceservices"),
+        (409, "the object has been modified", Conflict, "the object has been modified"),
+        (422, "spec: Invalid value", ServingError, "spec: Invalid value"),
+        (429, "too many requests", EnvironmentProblem, "could not get inferenceservices in avrt .*try again"),
+        (500, "etcdserver: leader changed", EnvironmentProblem, "leader changed.*try again"),
+        (503, "apiserver is shutting down", EnvironmentProblem, "shutting down.*try again"),
+    ],
+)
+def test_a_refusal_is_told_from_a_server_that_cannot(
+    answers: dict[str, tuple[int, object]], status: int, message: str, kind: type[AvrtError], said: str
+) -> None:
+    answers[CHAMPION] = (status, {"message": message})
+    with pytest.raises(kind, match=said) as caught:
+        Cluster("avrt").service("champion")
+    assert type(caught.value) is kind
+
+
+def test_a_node_that_does_not_give_logs_is_no_hindrance(answers: dict[str, tuple[int, object]]) -> None:
+    pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [ENDED]}}
+    answers[CHAMPION] = (200, SERVICE)
+    answers["/v1/namespaces/avrt/pods"] = (200, {"items": [pod]})
+    answers["/v1/namespaces/avrt/pods/p/log"] = (500, {"message": "dial tcp 10.0.0.1:10250: no route to host"})
+    found = Cluster("avrt").documents("champion")
+    assert (found.pods, found.logs) == ([pod], {})
+
+
+def test_kubeconfig_may_name_several_files(
+    answers: dict[str, tuple[int, object]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", f"{tmp_path / 'config'}:{kubeconfig(tmp_path / 'second', 'http://127.0.0.1:9')}")
+    answers[CHAMPION] = (200, SERVICE)
+    assert Cluster("avrt").service("champion") == SERVICE
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("text", [None, "clusters: [", "apiVersion: v1\nkind: Config\n", "nothing", "- a\n"])
+def test_a_kubeconfig_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
+    path = tmp_path / "config"
+    if text is not None:
+        path.write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    with pytest.raises(EnvironmentProblem, match=f"no cluster to talk to .* correct KUBECONFIG, which is {path}"):
+        Cluster("avrt")
+
+
+def test_without_any_cluster_nothing_but_the_error_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("KUBECONFIG", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(EnvironmentProblem, match="set KUBECONFIG"):
+        Cluster("avrt")
+    assert capsys.readouterr().out == ""
