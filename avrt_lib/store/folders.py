@@ -14,6 +14,8 @@ from avrt_lib.tables import MANIFEST, atomic_path, sha256_file, verify
 def publish_table(folder: Path, name: str, bucket: str) -> str:
     """Put a finished table to ``s3://BUCKET/NAME/SHA256/``, its manifest last, and return that address.
 
+    One that is there already is left: the same rows may lie in other parts.
+
     Raises:
         DataError: where the table was changed after it was written.
         StoreError: where the store refuses.
@@ -24,6 +26,8 @@ def publish_table(folder: Path, name: str, bucket: str) -> str:
         connection = client()
         if not connection.bucket_exists(bucket):
             connection.make_bucket(bucket)
+        if read_object(connection, bucket, f"{key}/{MANIFEST}") is not None:
+            return f"s3://{bucket}/{key}"
         sizes = {path: entry["bytes"] for path, entry in describe_files(folder).items()}
         upload_files(connection, bucket, key, folder, sizes)
         connection.fput_object(bucket, f"{key}/{MANIFEST}", str(folder / MANIFEST), content_type="application/json")

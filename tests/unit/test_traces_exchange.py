@@ -17,7 +17,7 @@ from avrt_lib.errors import AvrtError, ConfigError, DataError, StoreError
 from avrt_lib.records import Merged
 from avrt_lib.steps import run_step
 from avrt_lib.store import LocalObjectServer
-from avrt_lib.tables import read_json, read_rows, write_table
+from avrt_lib.tables import TableWriter, read_json, read_rows, write_table
 from tests import tiny_models
 
 MINIATURE = Path(__file__).parents[2] / "configs" / "miniature.yaml"
@@ -80,6 +80,19 @@ def test_published_traces_come_back_as_they_were(data: tuple[Path, Path], tmp_pa
     brought = bring(samples, facts["uri"], tmp_path)
     assert brought["merged"]["rows"] == 4
     assert list(read_rows(tmp_path / "merged", Merged)) == list(read_rows(merged, Merged))
+
+
+@pytest.mark.usefixtures("in_environment")
+def test_the_same_rows_in_other_parts_are_published_already(data: tuple[Path, Path], tmp_path: Path) -> None:
+    samples, merged = data
+    uri = publish(merged, tmp_path / "first")["uri"]
+    writer = TableWriter(tmp_path / "parts", Merged, {"step": "merger", "model": "another run's"})
+    for number, each in enumerate(read_rows(merged, Merged)):
+        writer.commit(f"{number:05d}", [each])
+    writer.finish()
+    assert publish(tmp_path / "parts", tmp_path / "second")["uri"] == uri
+    bring(samples, uri, tmp_path)
+    assert read_json(tmp_path / "merged" / "manifest.json") == read_json(merged / "manifest.json")
 
 
 @pytest.mark.usefixtures("in_environment")
