@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from kubernetes import client, utils
 
 from avrt_lib.serving.cluster import Document
 from tests.cluster.simulated import wait_for
+from tests.kubeconfig import account_token
 
 STANDIN = Path(__file__).parent / "standin" / "gateway.py"
 RBAC = Path(__file__).parents[2] / "manifests" / "base" / "rbac.yaml"
@@ -114,28 +114,6 @@ def deployer_rules() -> list[Document]:
     raise AssertionError("manifests/base has no Role avrt-deployer")
 
 
-def token(namespace: str, account: str) -> str:
-    """A token of a service account."""
-    request = client.AuthenticationV1TokenRequest(spec=client.V1TokenRequestSpec(audiences=[], expiration_seconds=3600))
-    made = client.CoreV1Api().create_namespaced_service_account_token(account, namespace, request)
-    return str(made.status.token)
-
-
-def kubeconfig(namespace: str, account: str, path: Path) -> None:
-    """A file for KUBECONFIG with the rights of a service account."""
-    settings = client.Configuration.get_default_copy()
-    authority = base64.b64encode(Path(settings.ssl_ca_cert).read_bytes()).decode()
-    document = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": settings.host, "certificate-authority-data": authority}}],
-        "users": [{"name": "u", "user": {"token": token(namespace, account)}}],
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "current-context": "c",
-    }
-    path.write_text(yaml.safe_dump(document), encoding="utf-8")
-
-
 def _gateway_account(namespace: str) -> None:
     rules = [
         {"apiGroups": [GROUP[0]], "resources": ["httproutes"], "verbs": ["get"]},
@@ -149,7 +127,7 @@ def _gateway_account(namespace: str) -> None:
 def gateway_process(namespace: str, folder: Path) -> Iterator[None]:
     """The stand-in beside the cluster: it takes the route up; nobody sends it requests."""
     _gateway_account(namespace)
-    (folder / "token").write_text(token(namespace, _ACCOUNT), encoding="utf-8")
+    (folder / "token").write_text(account_token(namespace, _ACCOUNT), encoding="utf-8")
     settings = client.Configuration.get_default_copy()
     line = [sys.executable, str(STANDIN), ROUTE, f"--namespace={namespace}", f"--api={settings.host}", "--port=0"]
     line += [f"--token={folder / 'token'}", f"--ca={settings.ssl_ca_cert}"]

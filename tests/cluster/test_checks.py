@@ -21,6 +21,7 @@ from avrt_lib.preflight.cluster import cluster_checks
 from scripts.manifest_policies import MAKES_SECRETS
 from tests.cluster import gateway
 from tests.cluster.simulated import wait_for
+from tests.kubeconfig import write_account_kubeconfig, write_kubeconfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ACCOUNT = "pipeline-runner"
@@ -156,21 +157,7 @@ def as_pod(
 ) -> None:
     """This process gets the environment and the rights of the first step's pod."""
     make_account(core, namespace)
-    request = client.AuthenticationV1TokenRequest(spec=client.V1TokenRequestSpec(audiences=[], expiration_seconds=3600))
-    token = core.create_namespaced_service_account_token(ACCOUNT, namespace, request).status.token
-    settings = client.Configuration.get_default_copy()
-    authority = base64.b64encode(Path(settings.ssl_ca_cert).read_bytes()).decode()
-    kubeconfig = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": settings.host, "certificate-authority-data": authority}}],
-        "users": [{"name": "u", "user": {"token": token}}],
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "current-context": "c",
-    }
-    path = tmp_path / "kubeconfig"
-    path.write_text(yaml.safe_dump(kubeconfig), encoding="utf-8")
-    monkeypatch.setenv("KUBECONFIG", str(path))
+    monkeypatch.setenv("KUBECONFIG", write_account_kubeconfig(tmp_path / "kubeconfig", namespace, ACCOUNT))
     monkeypatch.setenv("AVRT_CLUSTER_PROFILE", profile.model_dump_json(exclude_defaults=True))
 
 
@@ -390,17 +377,7 @@ def away(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_an_api_server_that_is_away_is_one_finding_soon(
     profile: Profile, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, away: str
 ) -> None:
-    path = tmp_path / "kubeconfig"
-    document = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": away}}],
-        "users": [{"name": "u", "user": {"token": "t"}}],
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "current-context": "c",
-    }
-    path.write_text(yaml.safe_dump(document), encoding="utf-8")
-    monkeypatch.setenv("KUBECONFIG", str(path))
+    monkeypatch.setenv("KUBECONFIG", write_kubeconfig(tmp_path / "kubeconfig", away))
     started = time.monotonic()
     checks = cluster_checks(run_config(profile), profile)
     assert time.monotonic() - started < 40

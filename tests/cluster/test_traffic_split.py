@@ -25,6 +25,7 @@ from tests.cluster.gateway import ROUTE, make_route, weights
 from tests.cluster.kserve import API_KEY, Place, Prober, is_serving, isvc, standin_image, standins, uri
 from tests.cluster.simulated import wait_for
 from tests.cluster.test_rollout import ROOT, TIMEOUT_S, command, config, rolling, samples
+from tests.kubeconfig import write_account_kubeconfig
 
 __all__ = ["config", "samples"]  # fixtures
 
@@ -141,7 +142,7 @@ def test_the_deployers_role_may_share(followed: str, tmp_path: Path, monkeypatch
     less = [rule for rule in rules if "httproutes" not in rule["resources"]]
     for name, granted in (("without", less), ("deployer", rules)):
         gateway.allow(followed, name, granted)
-        gateway.kubeconfig(followed, name, tmp_path / name)
+        write_account_kubeconfig(tmp_path / name, followed, name)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "without"))
     with pytest.raises(EnvironmentProblem, match=r"may not get httproutes in .* bind the Role avrt-deployer"):
         of_champion(followed).check()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-import yaml
 
 from avrt_lib.errors import AvrtError, EnvironmentProblem, ServingError
 from avrt_lib.serving.cluster import Cluster, Conflict
+from tests.kubeconfig import write_kubeconfig
 
 SERVICE = {"metadata": {"name": "champion", "uid": "1"}, "spec": {}}
 ENDED = {"name": "kserve-container", "state": {"terminated": {"exitCode": 3}}}
@@ -38,26 +38,15 @@ class _ApiServer(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def kubeconfig(path: Path, address: str) -> str:
-    document = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "c", "cluster": {"server": address}}],
-        "users": [{"name": "u", "user": {"token": "t"}}],
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-        "current-context": "c",
-    }
-    path.write_text(yaml.safe_dump(document), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, tuple[int, object]]]:
     """What the API server answers, by path; KUBECONFIG names it."""
     monkeypatch.setattr(_ApiServer, "answers", {})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _ApiServer) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        monkeypatch.setenv("KUBECONFIG", kubeconfig(tmp_path / "config", f"http://127.0.0.1:{running.server_port}"))
+        monkeypatch.setenv(
+            "KUBECONFIG", write_kubeconfig(tmp_path / "config", f"http://127.0.0.1:{running.server_port}")
+        )
         yield _ApiServer.answers
         running.shutdown()
 
@@ -102,7 +91,9 @@ def test_kubeconfig_may_name_several_files(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("KUBECONFIG", f"{tmp_path / 'config'}:{kubeconfig(tmp_path / 'second', 'http://127.0.0.1:9')}")
+    monkeypatch.setenv(
+        "KUBECONFIG", f"{tmp_path / 'config'}:{write_kubeconfig(tmp_path / 'second', 'http://127.0.0.1:9')}"
+    )
     answers[CHAMPION] = (200, SERVICE)
     assert Cluster("avrt").service("champion") == SERVICE
     assert capsys.readouterr().out == ""
