@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,9 @@ from avrt_lib.config import Config
 from components.images import Images
 from pipelines.backend import Backend, checked_name
 from pipelines.compile import compile_pipeline, data_identity
+
+#: Where published traces are: the place tells what they are.
+_CONTENT = re.compile(r"s3://.+/[0-9a-f]{64}/?")
 
 
 @dataclass(frozen=True)
@@ -60,17 +64,24 @@ class Order:
             documents: list[dict[str, Any]] = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
         if not self.cache:
             uncached(documents[0])
+        elif self.traces is not None and not _CONTENT.fullmatch(self.traces):
+            uncached(documents[0], "comp-import-traces")  # the cache would compare the place alone
         return documents
 
 
-def uncached(spec: dict[str, Any]) -> None:
+def uncached(spec: dict[str, Any], component: str | None = None) -> None:
     """Turn the backend's cache off for all tasks, those of nested pipelines and of the exit handler's group too.
 
     ``kfp.Client`` does so for the outermost tasks only.
+
+    Args:
+        spec: the compiled pipeline, which is changed.
+        component: only for the tasks of this one.
     """
-    for component in (spec["root"], *spec["components"].values()):
-        for task in (component.get("dag") or {}).get("tasks", {}).values():
-            task["cachingOptions"] = {}
+    for each in (spec["root"], *spec["components"].values()):
+        for task in (each.get("dag") or {}).get("tasks", {}).values():
+            if component in (None, task["componentRef"]["name"]):
+                task["cachingOptions"] = {}
 
 
 def submit(
