@@ -75,11 +75,24 @@ def connect(access: Access, profile: Profile | None) -> Backend:
             "The Kubeflow Pipelines backend has no address: name it with --host, pipelines.host of the cluster "
             "profile, or KFP_ENDPOINT."
         )
-    if not host.startswith(("http://", "https://")):
-        raise UsageError(f"The backend's address must start with http:// or https://, not {host!r}.")
+    _check_address(host)
     backend = Backend(host, token=_variable(access.token_env, "token"), cookie=_variable(access.cookie_env, "cookie"))
     backend.greet(namespace)
     return backend
+
+
+def _check_address(host: str) -> None:
+    try:
+        address = urllib3.util.parse_url(host)
+    except urllib3.exceptions.LocationParseError as error:
+        raise UsageError("The backend's address is none: it has the form https://HOST:PORT/PATH.") from error
+    if address.auth:
+        raise UsageError(
+            "The backend's address must hold no password: name a variable with a bearer token or a session cookie "
+            "(--token-env, --cookie-env)."
+        )
+    if address.scheme not in ("http", "https") or not address.host:
+        raise UsageError(f"The backend's address must start with http:// or https:// and name a host, not {host!r}.")
 
 
 def _variable(name: str | None, kind: str) -> str | None:
