@@ -179,10 +179,12 @@ def status(
     """
     from pipelines.watch import Watch, show, show_logs
 
-    backend = _connect(host, namespace, token_env, cookie_env, _profile(cluster))
+    profile = _profile(cluster)
+    backend = _connect(host, namespace, token_env, cookie_env, profile)
+    watch = Watch(backend, run, kueue=profile is not None and profile.kueue is not None)
     if follow:
-        raise typer.Exit(Watch(backend, run).follow(runs_dir))
-    show(backend, run, runs_dir)
+        raise typer.Exit(watch.follow(runs_dir))
+    show(watch, runs_dir)
     if logs:
         show_logs(backend, run)
 
@@ -228,7 +230,10 @@ def cancel(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """End a cluster run. Training saves a checkpoint, and the summary is still written.
+    """End a cluster run. Its last step still writes the summary.
+
+    Training tries to save one more checkpoint for `avrt retry`, and has its pod's grace period for it (30 s, unless
+    the cluster says otherwise); else what it did since the one before (save_every_steps) is lost.
 
     Example: `avrt cancel 5a3c… --host http://127.0.0.1:8888`
     """
@@ -360,7 +365,7 @@ def gc(
 
     Runs of the experiment that ended, and the checkpoints and reports of runs that the backend does not know any more.
     Artifacts of the pipeline root are kept: the cache gives them to later runs. The store is the one that AVRT_S3_…
-    names; it must belong to this backend alone.
+    names; it must belong to this backend alone, and in multi-user mode to this namespace alone.
 
     Example: `avrt gc --cluster configs/clusters/test.yaml --older-than 30d`
     """
@@ -420,13 +425,12 @@ def _order(
     changes: dict[str, Any] = overrides(
         settings=settings or [], dataset=[], unfiltered=False, overlap_splits=False, seed=None
     )
+    resolved = resolve(find_config(config), profile.overrides | changes)
     found = built(registry=profile.registry, variant=profile.build)
     if found is None:
         found = Images()
         err.print(f"No images were built here (make images): the run takes {found.pipeline} and its sisters.")
-    return Order(
-        resolve(find_config(config), profile.overrides | changes), profile, found, pipeline, not no_cache, traces
-    ), profile
+    return Order(resolved, profile, found, pipeline, not no_cache, traces), profile
 
 
 def _check(order: Order, profile: Profile) -> None:

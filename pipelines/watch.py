@@ -284,11 +284,10 @@ class Watch:
         )
 
 
-def show(backend: Backend, run_id: str, runs_dir: Path) -> None:
+def show(watch: Watch, runs_dir: Path) -> None:
     """Print the steps of a run as they are now, and how it ended."""
-    run = backend.run(run_id)
-    rows = rows_of(spec_of(backend, run))
-    watch = Watch(backend, run_id)
+    run = watch.backend.run(watch.run_id)
+    rows = rows_of(spec_of(watch.backend, run))
     over = run.state in FINAL
     states = read_states(rows, details_of(run), {} if over else watch.waiting(run))
     table = Table("step", "state", "shards", "time", "", box=SIMPLE_HEAD, title=f"{run.display_name}: {run.state}")

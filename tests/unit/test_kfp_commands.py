@@ -268,6 +268,17 @@ def test_no_cache_reaches_the_tasks_of_nested_pipelines(api: KfpApi, capsys: pyt
     assert cached_tasks(without) == set()
 
 
+@pytest.mark.parametrize(("traces", "cached"), [("/data/traces.jsonl", False), (f"s3://avrt/traces/{'ab' * 32}", True)])
+def test_traces_whose_place_does_not_tell_their_content_are_read_anew(
+    api: KfpApi, capsys: pytest.CaptureFixture[str], traces: str, cached: bool
+) -> None:
+    code, _, err = submit(capsys, api, "--detach", "--pipeline", "train", "--traces", traces)
+    assert code == 0, err
+    (run,) = api.runs.values()
+    found = cached_tasks(run["pipeline_spec"]["pipeline_spec"])
+    assert ("import-traces" in found, "sft" in found) == (cached, True)
+
+
 def test_a_multi_user_backend_is_told_the_namespace(api: KfpApi, capsys: pytest.CaptureFixture[str]) -> None:
     api.multi_user = True
     code, _, err = submit(capsys, api, "--detach", "--namespace", "ada")
@@ -500,6 +511,16 @@ def test_while_kueue_holds_a_pod_no_time_passes(
     assert not api.asked("POST", r"/runs/[^/]+:terminate")
 
 
+def test_without_access_to_pods_nothing_is_said_of_waiting_where_kueue_may_hold_them(
+    api: KfpApi, cluster: KubernetesApi, capsys: pytest.CaptureFixture[str], spec: dict[str, Any]
+) -> None:
+    cluster.forbidden = True
+    api.frames = [WAITING] * 60 + [("SUCCEEDED", SUCCEEDED)]
+    gke = str(TEST.with_name("gke.yaml"))
+    code, _, err = follow(capsys, api, api.add_run(spec), "--cluster", gke)
+    assert (code, "has waited" in err) == (0, False)
+
+
 def test_without_access_to_pods_it_is_said_once_and_the_limit_still_counts(
     api: KfpApi, cluster: KubernetesApi, capsys: pytest.CaptureFixture[str], spec: dict[str, Any]
 ) -> None:
@@ -597,6 +618,8 @@ def test_a_login_page_wants_a_cookie(
     ("options", "code", "said"),
     [
         (["--host", "127.0.0.1:1"], 2, "must start with http"),
+        (["--host", "https://"], 2, "name a host"),
+        (["--host", "http://backend:port"], 2, "has the form https://HOST:PORT"),
         (["--host", "http://127.0.0.1:1"], 7, "port-forward svc/ml-pipeline"),
         (["--host", "http://127.0.0.1:1", "--token-env", "NOT_SET"], 2, "NOT_SET, which is not set"),
         ([], 2, "KFP_ENDPOINT"),
@@ -605,6 +628,12 @@ def test_a_login_page_wants_a_cookie(
 def test_an_address_that_is_none(capsys: pytest.CaptureFixture[str], options: list[str], code: int, said: str) -> None:
     found, _, err = avrt(capsys, "status", "a-run", *options)
     assert (found, said in err) == (code, True), err
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = avrt(capsys, "status", "a-run", "--host", "http://me:s3cret@127.0.0.1:1")
+    assert (code, "must hold no password" in err) == (2, True)
+    assert "s3cret" not in out + err
 
 
 def test_names_that_are_too_long_are_refused_before_anything_is_sent(
