@@ -18,6 +18,7 @@ from avrt_lib.errors import ServingError, UsageError
 from avrt_lib.promotion import manifest as isvc
 from avrt_lib.serving.forges import open_pull_request
 from avrt_lib.serving.git import Repository, TryAgain
+from avrt_lib.serving.inference_service import STOP
 
 log = logging.getLogger("avrt.serving")
 
@@ -26,7 +27,6 @@ _LONGEST_WAIT_S = 4.0
 MANIFEST_FILE = "inferenceservice.yaml"
 #: Not JSON: Argo CD takes every JSON file of a plain folder for an object of the cluster.
 EVIDENCE_FILE = "evidence.md"
-_STOPPED = "serving.kserve.io/stop"
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class Promotion:
 
     def _story(self, before: str | None) -> str:
         test, held = self._decision["test"], _parsed(before)
-        if held is None or _annotations(held).get(_STOPPED) == "true":
+        if held is None or _annotations(held).get(STOP) == "true":
             effect = f"This takes {self.name} off the cluster, since it had no model before."
         else:
             version = _version(held)

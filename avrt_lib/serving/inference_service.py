@@ -21,6 +21,8 @@ from avrt_lib.serving.cluster import Cluster, Document, Documents, container_sta
 #: Annotation of a pod that names the model that it fetched.
 SOURCE = "internal.serving.kserve.io/storage-initializer-sourceuri"
 STOP = "serving.kserve.io/stop"
+#: Annotation of what Argo CD keeps as Git has it.
+ARGO = "argocd.argoproj.io/tracking-id"
 
 POLL_S = 2.0
 #: A failure that waiting does not mend counts when it has lasted so long: the status lags, and a download may succeed
@@ -130,9 +132,15 @@ def judge(name: str, namespace: str, found: Documents, uri: str | None = None) -
     if wanted is None:
         return answer(State.FAILED, "it names no storageUri", "set spec.predictor.model.storageUri")
     if set_to != wanted:
-        return answer(State.OTHER, f"it is set to {set_to}", f"avrt serving rollout {name} --uri {wanted}")
+        mend = f"avrt serving rollout {name} --namespace {namespace} --uri {wanted}"
+        if ARGO in annotations_of(service):
+            mend = "change it in Git, where Argo CD takes it from"
+        return answer(State.OTHER, f"it is set to {set_to}", mend)
     if annotations_of(service).get(STOP) == "true":
-        return answer(State.FAILED, "it is stopped", f"kubectl annotate inferenceservice {name} {STOP}-")
+        mend = f"kubectl annotate --namespace {namespace} inferenceservice {name} {STOP}-"
+        if ARGO in annotations_of(service):
+            mend = "promote a model: Argo CD keeps it as Git has it"
+        return answer(State.FAILED, "it is stopped", mend)
     taken = deployment is not None and _template_uri(deployment) == wanted and _follows(deployment, service)
     if taken and deployment is not None:
         if deployment["spec"].get("replicas", 1) == 0:

@@ -26,6 +26,7 @@ from avrt_lib.errors import AvrtError, ServingError, UsageError
 from avrt_lib.promotion.manifest import DATA, LONGEST_NAME_AND_NAMESPACE, MODEL_SHA256, MODEL_VERSION, RUN
 from avrt_lib.serving.cluster import Cluster, Conflict, Document, container_statuses
 from avrt_lib.serving.inference_service import (
+    ARGO,
     POLL_S,
     STOP,
     State,
@@ -49,7 +50,6 @@ ROLLED_BACK = "avrt/rolled-back-from"
 #: On a candidate: the champion that it belongs to.
 _OF = "avrt/candidate-of"
 _ORIGIN = (MODEL_VERSION, MODEL_SHA256, RUN, DATA)
-_ARGO = "argocd.argoproj.io/tracking-id"
 #: What the Lease notes: what has passed its check, and its time with real traffic, by fingerprint; the route that may
 #: lead to the candidate now; the model, and the stage, for people and for a rollback.
 _CHECKED, _SHARED, _ROUTE = "avrt/checked", "avrt/shared", "avrt/route"
@@ -363,7 +363,7 @@ def _change(cluster: Cluster, lease: Lease, name: str, uri: str, change: Callabl
         if service is None or storage_uri(service) != uri:
             raise ServingError(
                 f"Somebody else changed {cluster.namespace}/{name} during the rollout: see what it is set to with "
-                f"avrt serving status {name}, then start the rollout again."
+                f"avrt serving status {name} --namespace {cluster.namespace}, then start the rollout again."
             )
         try:
             return cluster.replace(change(service))
@@ -459,7 +459,7 @@ def _contains(stored: Any, applied: Any) -> bool:
 
 
 def _refuse_argo(champion: Document) -> None:
-    if _ARGO in annotations_of(champion):
+    if ARGO in annotations_of(champion):
         raise UsageError(
             f"{champion['metadata']['name']} is kept by Argo CD, which would undo this at once: change it in Git "
             "(deployment.target=git), and go back by git revert."

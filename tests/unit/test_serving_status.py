@@ -11,7 +11,7 @@ import pytest
 from avrt_lib.errors import ServingError
 from avrt_lib.serving import inference_service
 from avrt_lib.serving.cluster import Documents
-from avrt_lib.serving.inference_service import SOURCE, State, Status, judge, wait
+from avrt_lib.serving.inference_service import ARGO, SOURCE, STOP, State, Status, judge, wait
 from avrt_lib.serving.reach import reached
 
 OLD, NEW = "s3://avrt/models/old", "s3://avrt/models/new"
@@ -399,7 +399,24 @@ def test_the_old_model_serves_meanwhile() -> None:
 def test_another_model_than_asked_for() -> None:
     answer = judge("champion", "avrt", Documents(service(OLD), deployment(OLD), [pod(OLD, ready=True)]), NEW)
     assert (answer.state, answer.version) == (State.OTHER, None)
-    assert f"--uri {NEW}" in answer.mend
+    assert answer.mend == f"avrt serving rollout champion --namespace avrt --uri {NEW}"
+
+
+@pytest.mark.parametrize(("set_to", "more"), [(OLD, {}), (NEW, {STOP: "true"})])
+def test_what_argo_cd_keeps_is_changed_in_git(set_to: str, more: dict[str, str]) -> None:
+    kept = service(set_to)
+    kept["metadata"]["annotations"] |= {ARGO: "a:b", **more}
+    mend = judge("champion", "avrt", Documents(kept, deployment(set_to)), NEW).mend
+    assert "Argo CD" in mend
+    assert "kubectl" not in mend
+    assert "rollout" not in mend
+
+
+def test_a_stopped_one_is_started_where_it_is() -> None:
+    stopped = service()
+    stopped["metadata"]["annotations"] |= {STOP: "true"}
+    mend = judge("champion", "other", Documents(stopped, deployment()), NEW).mend
+    assert mend == f"kubectl annotate --namespace other inferenceservice champion {STOP}-"
 
 
 def test_nothing_is_there() -> None:
