@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -28,11 +29,13 @@ app = typer.Typer(
 ROLLING_OUT = 75
 CHAMPION = "avrt-student"
 
-
 Name = Annotated[str, typer.Argument(help="The champion's InferenceService.")]
 Namespace = Annotated[str, typer.Option("--namespace", "-n", help="Where it is.")]
 Timeout = Annotated[
-    float | None, typer.Option(help="Seconds that a model may take to serve [deployment.start_timeout_s].")
+    float | None,
+    typer.Option(
+        help="Longest time that a model may take to serve [deployment.start_timeout_s].", min=0.001, metavar="SECONDS"
+    ),
 ]
 
 
@@ -109,6 +112,8 @@ def rollout(
             f"There is no {namespace}/{name} to change: the deployment step or a manifest makes the first."
         )
     wanted = rollouts.to_uri(champion, uri, version, Split.of(used.deployment))
+    if not os.environ.get("AVRT_API_KEY"):  # said before a large model has loaded in vain
+        _told("AVRT_API_KEY is not set: the candidate is asked without a key.")
 
     def check(candidate: Status) -> None:
         found = check_candidate(used, candidate, questions, wanted.served_as)

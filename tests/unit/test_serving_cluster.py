@@ -5,14 +5,16 @@ from __future__ import annotations
 import http.server
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 
+from avrt_lib.cli import main as cli
 from avrt_lib.errors import AvrtError, EnvironmentProblem, ServingError
 from avrt_lib.serving.cluster import Cluster, Conflict
+from avrt_lib.serving.inference_service import SOURCE
 from tests.kubeconfig import write_kubeconfig
 
 SERVICE = {"metadata": {"name": "champion", "uid": "1"}, "spec": {}}
@@ -118,3 +120,54 @@ def test_without_any_cluster_nothing_but_the_error_is_said(
     with pytest.raises(EnvironmentProblem, match="set KUBECONFIG"):
         Cluster("avrt")
     assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def avrt(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Calls `avrt serving`; returns the exit code and both outputs, each as one line."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["serving", *arguments])
+        seen, code = capsys.readouterr(), ended.value.code
+        return code if isinstance(code, int) else 0, " ".join(seen.out.split()), " ".join(seen.err.split())
+
+    return call
+
+
+def deployment(ready: int) -> dict[str, Any]:
+    template = {"metadata": {"annotations": {SOURCE: "s3://m"}}}
+    status = {"observedGeneration": 1, "replicas": 1, "updatedReplicas": 1, "availableReplicas": ready}
+    return {"metadata": {"generation": 1}, "spec": {"template": template}, "status": status}
+
+
+@pytest.mark.parametrize(
+    ("ready", "asked", "code", "said"),
+    [
+        (1, (), 0, "avrt/champion is serving (s3://m)."),
+        (0, (), 75, "avrt/champion is rolling out (s3://m): 0 of 1 pods ready."),
+        (1, ("--uri", "s3://other"), 11, "avrt/champion is set to another model (s3://other): it is set to s3://m."),
+        (None, (), 11, "avrt/champion is absent. To do: deploy it"),
+    ],
+)
+def test_the_exit_code_of_status_says_what_it_does(
+    answers: dict[str, tuple[int, object]],
+    avrt: Callable[..., tuple[int, str, str]],
+    ready: int | None,
+    asked: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    answers[CHAMPION] = (404, {"message": "not found"})
+    if ready is not None:
+        spec = {"predictor": {"model": {"storageUri": "s3://m"}}}
+        answers[CHAMPION] = (200, {"metadata": {"name": "champion"}, "spec": spec})
+        answers["/apps/v1/namespaces/avrt/deployments/champion-predictor"] = (200, deployment(ready))
+    ended, out, _ = avrt("status", "champion", *asked)
+    assert (ended, out[: len(said)]) == (code, said)
+
+
+@pytest.mark.parametrize("command", ["rollout --uri s3://m", "rollback"])
+def test_a_time_that_is_none_is_refused(avrt: Callable[..., tuple[int, str, str]], command: str) -> None:
+    code, _, err = avrt(*command.split(), "--timeout-s", "-3")
+    assert (code, "--timeout-s" in err) == (2, True)
