@@ -13,6 +13,7 @@ from typing import Any
 
 from avrt_lib.cluster.profile import Profile, amount
 from avrt_lib.config import HUB, Config, EngineConfig, GrpoConfig, SftConfig, SourceConfig
+from avrt_lib.errors import UsageError
 from avrt_lib.models import BUILTIN
 from avrt_lib.planning import graph, memory
 from avrt_lib.planning.assumptions import Assumption, chosen
@@ -116,8 +117,10 @@ def make(
         assume: figures that take the place of assumptions.
 
     Raises:
-        UsageError: where ``assume`` names no assumption.
+        UsageError: where ``assume`` names no assumption, or a number is none to reckon with.
     """
+    if gpu_memory_gib is not None and not (math.isfinite(gpu_memory_gib) and gpu_memory_gib > 0):
+        raise UsageError(f"--gpu-memory takes GiB above 0, not {gpu_memory_gib:g}.")
     return _Planner(config, profile, samples, training_gpus, gpu_memory_gib, price, assume or {}).plan(spec)
 
 
@@ -144,6 +147,10 @@ class _Planner:
         pool = profile.pools["training"] if profile else None
         self.training_gpus = training_gpus or (pool.gpus if pool else 0)
         self.on_gpu = not self.miniature and not (profile is not None and profile.build == "cpu")
+        if profile is not None and not self.miniature and not self.on_gpu:
+            self.warnings.append(
+                f"{profile.name} runs the CPU images: the hours are those of GPUs that it does not have."
+            )
         self.processes = {"sft": self._processes("sft", config.sft), "grpo": self._processes("grpo", config.grpo)}
         self.gpu_memory_gib = gpu_memory_gib
         self.price = price if price is not None else (profile.gpu_hour_price if profile else None)

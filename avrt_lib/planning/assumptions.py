@@ -5,6 +5,7 @@ The miniature's are those of docs/results.md, measured on two CPU cores.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -75,12 +76,15 @@ def chosen(miniature: bool, given: Mapping[str, float]) -> dict[str, Assumption]
     """The assumptions of a plan with the user's own figures in their places.
 
     Raises:
-        UsageError: where a figure is not one of these; the message lists them.
+        UsageError: where a figure is not one of these (the message lists them), or is none to reckon with.
     """
     known = dict(MINIATURE if miniature else GPU)
     derived = set(MINIATURE) - set(COMMON)
     for name, value in given.items():
         if name not in known and name not in derived:
             raise UsageError(f"--assume {name}: there is no such assumption; there are {', '.join(sorted(known))}.")
+        divides = name.endswith("_tokens_per_s") or name in ("peak_tflops", "training_utilisation")
+        if not math.isfinite(value) or value < 0 or (divides and value == 0):
+            raise UsageError(f"--assume {name}={value:g}: give a number {'above 0' if divides else 'of 0 or more'}.")
         known[name] = Assumption(value, f"given; {known[name].what}" if name in known else "given")
     return known

@@ -132,6 +132,27 @@ def test_an_unknown_assumption_is_refused_with_those_that_there_are() -> None:
         plan(assume={"speed": 1})
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"assume": {"prefill_tokens_per_s": 0.0}}, "prefill_tokens_per_s=0: give a number above 0"),
+        ({"assume": {"pod_s": -1.0}}, "pod_s=-1: give a number of 0 or more"),
+        ({"assume": {"pod_s": float("nan")}}, "of 0 or more"),
+        ({"gpu_memory_gib": -5.0}, "--gpu-memory takes GiB above 0, not -5"),
+    ],
+)
+def test_numbers_that_cannot_be_reckoned_with_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        plan(**options)
+
+
+def test_hours_of_gpus_on_a_cluster_without_any_are_said() -> None:
+    profile = load_profile(ROOT / "configs" / "clusters" / "test.yaml")
+    said = "test runs the CPU images"
+    assert any(said in warning for warning in plan(profile=profile).warnings)
+    assert not any(said in warning for warning in plan("miniature", profile=profile).warnings)
+
+
 def test_steps_are_counted_as_training_counts_them() -> None:
     loop_module = pytest.importorskip("avrt_lib.training.loop")
     loaded = config("avrt-7b")
