@@ -62,6 +62,7 @@ def run(
 
     Raises:
         DataError: where predictions do not fit together, or the model's files differ from its manifest.
+        ConfigError: where the names are too long for KServe; nothing is published then.
         StoreError: where the store or the registry refuses.
     """
     base = validation_answers("base", base_predictions)
@@ -176,8 +177,9 @@ def _promote(
     config: Config, workspace: Workspace, name: str, model: Path, champion: Path, test: dict[str, Any]
 ) -> dict[str, Any]:
     from avrt_lib import store, tracking
-    from avrt_lib.promotion.manifest import inference_service, to_yaml
+    from avrt_lib.promotion.manifest import check_names, inference_service, to_yaml
 
+    check_names(config)  # nothing may be published or registered that cannot be served
     verify_manifest(model)
     place = store.publish_model(model, config.promotion.model_name, config.store, store.local_root(workspace.root))
     tags = {

@@ -178,6 +178,16 @@ def test_names_that_kserve_cannot_join_are_refused() -> None:
         manifest.check_names(configured(**{"promotion.model_name": "m" * 20, "deployment.namespace": "n" * 33}))
 
 
+def test_what_kserve_could_not_serve_is_not_published(tmp_path: Path) -> None:
+    names = {"promotion.model_name": "m" * 20, "deployment.namespace": "n" * 33, "promotion.parity_samples": 0}
+    predictions = {
+        name: write_predictions(tmp_path / name, right) for name, right in (("base", 20), ("sft", 30), ("grpo", 39))
+    }
+    with pytest.raises(ConfigError, match="more than 52"):
+        promote(tmp_path, configured(**names), **predictions)
+    assert not (tmp_path / "work/store").exists()
+
+
 def test_promotion_needs_no_torch() -> None:
     code = (
         "import sys, avrt_lib.promotion, avrt_lib.promotion.manifest, avrt_lib.evaluation.statistics, avrt_lib.store\n"
