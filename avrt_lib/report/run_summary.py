@@ -10,7 +10,6 @@ from typing import Any
 
 from avrt_lib import tracking
 from avrt_lib.config import Config
-from avrt_lib.errors import AvrtError
 from avrt_lib.report import summary as summaries
 from avrt_lib.report.html import write_report
 from avrt_lib.runs import RunFolder, instances, write_config
@@ -53,7 +52,7 @@ def run(config: Config, *, workspace: Workspace, summary: Path, status: str, com
     folder.summary_file.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     try:
         write_report(summary, reports)
-    except AvrtError:
+    except Exception:  # the summary is what others wait for, and does not depend on the page
         log.exception("report.html could not be written")
     uri = None
     if run_reports.enabled():

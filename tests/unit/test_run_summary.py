@@ -94,6 +94,16 @@ def test_steps_that_ran_make_a_summary(
     assert (tmp_path / "summary" / "report.html").read_bytes() == page
 
 
+def test_a_report_that_cannot_be_drawn_costs_the_page_and_not_the_summary(
+    in_pod: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(11)
+    keep(settings, "evaluation-base", report(accuracy="many"))
+    summary = summarise(settings, tmp_path, "COMPLETE")
+    assert line(capsys) == summary
+    assert not (tmp_path / "summary" / "report.html").exists()
+
+
 def test_steps_that_the_cache_answered_are_in_the_summary_too(in_pod: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = config(2)
     keep(settings, "ingest", report(samples={"train": 3}))
