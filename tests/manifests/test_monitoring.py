@@ -19,6 +19,7 @@ import promql_parser
 import pytest
 import yaml
 
+from avrt_lib.serving.rollout import CANDIDATE
 from scripts.manifest_policies import Build, Object
 from tests.manifests.conftest import one
 
@@ -180,6 +181,11 @@ def within(seconds: str) -> str:
     return f'vllm:e2e_request_latency_seconds_bucket{{{SERVED}, le="{seconds}"}}'
 
 
+def candidates(series: str) -> str:
+    """The same series of the candidate's Deployment."""
+    return series.replace("avrt-3b-predictor", f"avrt-3b{CANDIDATE}-predictor")
+
+
 @pytest.mark.parametrize(
     ("alert", "series", "minute", "fires"),
     [
@@ -187,6 +193,7 @@ def within(seconds: str) -> str:
         ("AvrtModelDown", {AVAILABLE: "0x20", WANTED: "1x20"}, 4, False),
         ("AvrtModelDown", {AVAILABLE: "1x20", WANTED: "2x20"}, 10, False),
         ("AvrtModelDown", {AVAILABLE: "0x20", WANTED: "0x20"}, 10, False),
+        ("AvrtModelDown", {candidates(AVAILABLE): "0x20", candidates(WANTED): "1x20"}, 10, False),
         ("AvrtNotScraped", {AVAILABLE: "1x30"}, 20, True),
         ("AvrtNotScraped", {AVAILABLE: "1x30", UP: "0x30"}, 20, True),
         ("AvrtNotScraped", {AVAILABLE: "1x30", UP: "1x30"}, 20, False),
