@@ -11,6 +11,8 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from avrt_lib.errors import ConfigError
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -37,7 +39,7 @@ class Gate:
         self._routes = dict(ROUTES)
         if os.environ.get(EXPOSE_METRICS) == "1":
             self._routes[METRICS] = "GET"
-        self._limit = int(os.environ.get(MAX_REQUEST_MIB, _DEFAULT_MIB)) * 2**20
+        self._limit = max_request_mib() * 2**20
         self.draining = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,6 +93,18 @@ class Gate:
             return shutdown(*args, **kwargs)
 
         engine.shutdown = drain
+
+
+def max_request_mib() -> int:
+    """The largest request, in MiB.
+
+    Raises:
+        ConfigError: where the environment has no whole number above 0.
+    """
+    text = os.environ.get(MAX_REQUEST_MIB, str(_DEFAULT_MIB)).strip()
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{MAX_REQUEST_MIB} is {text!r}: give a whole number of MiB, 1 or more.")
+    return int(text)
 
 
 async def _refuse(send: Send, status: int, message: str) -> None:

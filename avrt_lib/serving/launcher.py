@@ -20,7 +20,7 @@ from avrt_lib import compat
 from avrt_lib.config import StudentConfig
 from avrt_lib.engine import student_media
 from avrt_lib.errors import AvrtError, ConfigError, UsageError
-from avrt_lib.serving.gate import EXPOSE_METRICS
+from avrt_lib.serving.gate import EXPOSE_METRICS, max_request_mib
 from avrt_lib.serving.keys import header_key
 
 # At module level: vLLM's engine process is spawned and imports this module anew, before it imports vLLM.
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Raises:
         UsageError: where an option would open what the launcher closes.
-        ConfigError: where there is no API key or none that can be sent, or no model.
+        ConfigError: where there is no API key or none that can be sent, no model, or no limit that requests can have.
     """
     options, rest = parser().parse_known_args(arguments)
     for option in rest:
@@ -142,6 +142,7 @@ def _set_environment(options: argparse.Namespace) -> None:
         raise ConfigError("AVRT_API_KEY is not set: set the key that clients will send, or give --no-api-key.")
     else:
         os.environ["VLLM_API_KEY"] = key
+    max_request_mib()  # vLLM would show a wrong one as a traceback, after it has loaded the model
     os.environ[EXPOSE_METRICS] = "1" if options.metrics else "0"
     compat.set_defaults(compat.vllm_environment(kv_cache_gib=options.kv_cache_gib, in_process=False))
 

@@ -76,6 +76,16 @@ def test_a_key_is_needed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         launcher.main([f"--model={model}", "--served-model-name=m"])
 
 
+@pytest.mark.parametrize("limit", ["", "0", "-1", "1.5", "64MiB"])
+def test_a_limit_that_is_none_is_named_before_the_model_loads(
+    model: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setenv("AVRT_API_KEY", "k")
+    monkeypatch.setenv("AVRT_MAX_REQUEST_MIB", limit)
+    with pytest.raises(ConfigError, match=r"AVRT_MAX_REQUEST_MIB is .* a whole number of MiB"):
+        launcher.main([f"--model={model}", "--served-model-name=m"])
+
+
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         launcher.main([f"--model={tmp_path}", "--served-model-name=m"])
