@@ -240,7 +240,7 @@ def rollout(
 def rollback(cluster: Cluster, name: str, *, timeout_s: float, told: Callable[[str], None] = lambda _: None) -> Status:
     """Set the champion back to what it was before its last rollout; a rollout that was killed half-way is given up.
 
-    Calling it again does nothing more: what was taken away does not come back.
+    Calling it again after it has gone back does nothing more: what was taken away does not come back.
 
     Raises:
         Busy: where a rollout is going on.
