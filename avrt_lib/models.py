@@ -10,7 +10,7 @@ from typing import Any
 
 from avrt_lib.config import HUB
 from avrt_lib.errors import ConfigError, DataError
-from avrt_lib.tables import MANIFEST, sha256_file, write_json
+from avrt_lib.tables import MANIFEST, read_json, sha256_file, write_json
 
 BUILTIN = "builtin:"
 WEIGHTS = Path(__file__).parent / "miniature" / "weights"
@@ -76,8 +76,6 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: the message names the first file that differs.
     """
-    from avrt_lib.tables import read_json
-
     manifest: dict[str, Any] = read_json(folder / MANIFEST)
     files: dict[str, dict[str, Any]] = manifest["files"]
     check_names(files, str(folder / MANIFEST))

@@ -109,7 +109,7 @@ class Merged:
 
     ``reasoning`` is empty for samples that were not merged. ``vision_reasoning`` and ``audio_reasoning`` are what each
     teacher reasoned, for training with one modality removed. ``flags`` names what the merger's check found
-    (``leak``, ``format``, ``too_long``, ``one_sided``, ``unfaithful``, ``wrong_answer``).
+    (``empty``, ``format``, ``wrong_answer``, ``too_long``, ``leak``, ``one_sided``, ``unfaithful``).
     """
 
     sample_id: str

@@ -68,7 +68,7 @@ def _discard(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON document atomically, with sorted keys left in the order given and a final newline."""
+    """Write a JSON document atomically, with its keys in the order given and a final newline."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -244,7 +244,10 @@ def hash_folder(folder: Path) -> str:
 
 
 def place_folder(source: Path, target: Path) -> None:
-    """Make ``target`` a copy of ``source`` (hard links where the file system allows), atomically, replacing it."""
+    """Make ``target`` a copy of ``source`` (hard links where the file system allows), whole or not at all.
+
+    What was there before is moved away just before the copy takes its place.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

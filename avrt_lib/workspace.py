@@ -113,7 +113,7 @@ def read_reports(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def log_to_file(path: Path) -> None:
-    """Send what this process prints, C libraries included, to a file as well as nowhere else."""
+    """Send what this process prints, C libraries included, to a file and nowhere else."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(handle, 1)

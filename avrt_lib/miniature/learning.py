@@ -6,7 +6,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,7 +110,6 @@ def train(
     validation: Sequence[Example],
     *,
     seed: int,
-    report: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train until the task's goal, then decay.
 
@@ -144,8 +143,6 @@ def train(
                 **scores,
             }
             log.info("%s", json.dumps(row))
-            if report is not None:
-                report(row)
             if scores["score"] >= recipe.goal or step >= recipe.cap:
                 end = step + recipe.decay
     return {

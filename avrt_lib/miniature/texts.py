@@ -68,10 +68,9 @@ def teacher_trace(question: Question, sense: int, pick: int, fact: str | None = 
     )
 
 
-def guess(question: Question, sense: int, rng: random.Random, fact: str | None = None) -> int:
+def guess(question: Question, sense: int, rng: random.Random) -> int:
     """The option that a teacher picks: one of those that its sense leaves possible, by chance."""
-    left = possible(question, sense, fact or teacher_facts(question, sense))
-    return rng.choice(left or range(len(question.pairs)))
+    return rng.choice(possible(question, sense, teacher_facts(question, sense)))
 
 
 def merged_reasoning(question: Question, sight: str | None = None, sound: str | None = None) -> str:

@@ -81,9 +81,7 @@ def _training(work: Path, index: Mapping[str, Sample]) -> list[tuple[str, str, l
     ]
     split.sort(key=lambda m: m.sample_id)
     chosen = [(m, "Training: both teachers right, merged") for m in both[:1]]
-    chosen += [
-        (m, "Training: the teachers disagree, so the filter leaves it out") for m in split[:1] if not m.reasoning
-    ]
+    chosen += [(m, "Training: the teachers disagree, so the filter leaves it out") for m in split[:1]]
     traces = _traces(work, {m.sample_id for m, _ in chosen})
     examples = []
     for row, title in chosen:
@@ -133,9 +131,7 @@ def _test(work: Path, index: Mapping[str, Sample]) -> list[tuple[str, str, list[
 
 def _answer(model: str, row: Prediction) -> Written:
     letter = None if row.answer_index is None else LETTERS[row.answer_index]
-    return Written(
-        {"base": "Base", "sft": "SFT", "grpo": "GRPO"}[model], model, row.raw_text, letter, row.correct_strict
-    )
+    return Written(MODELS[model], model, row.raw_text, letter, row.correct_strict)
 
 
 def _read_ids(table: Path, wanted: set[str]) -> dict[str, Sample]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("avrt.store")
 
 RUN_ID = "AVRT_RUN_ID"
+#: So many checkpoints of one training stay in the store.
+_KEPT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +34,20 @@ class CheckpointSink:
         bucket: the store's bucket.
         run_id: which run they belong to.
         step: the training step, and what tells one training of it from another (``sft/KEY``).
-        keep: older ones are removed from the store after a push; None keeps all.
     """
 
     bucket: str
     run_id: str
     step: str
-    keep: int | None = 2
 
     def __call__(self, folder: Path, name: str) -> str:
-        """Upload a checkpoint folder under a name (``checkpoint-50``) and return its address.
+        """Upload a checkpoint folder under a name (``checkpoint-50``), remove old ones, and return its address.
 
         Raises:
             StoreError: where the store refuses.
         """
         uri = push_checkpoint(folder, f"{self.step}/{name}", bucket=self.bucket, run_id=self.run_id)
-        if self.keep is not None:
-            self._remove_older()
+        self._remove_older()
         return uri
 
     def latest(self, target: Path) -> Path | None:
@@ -56,25 +55,18 @@ class CheckpointSink:
         return latest_checkpoint(self.step, target, bucket=self.bucket, run_id=self.run_id)
 
     def _remove_older(self) -> None:
-        assert self.keep is not None
         with store_errors(f"Removing old checkpoints of {self.step}"):
             connection = client()
-            for prefix in _whole(connection, self.bucket, f"checkpoints/{self.run_id}/{self.step}/")[: -self.keep]:
+            for prefix in _whole(connection, self.bucket, f"checkpoints/{self.run_id}/{self.step}/")[:-_KEPT]:
                 _remove(connection, self.bucket, prefix)
 
 
-def checkpoint_sink(step: str, bucket: str | None = None, keep: int | None = 2) -> CheckpointSink | None:
-    """Where a training step saves its checkpoints; None where the environment names no store or no run.
-
-    Args:
-        step: which training.
-        bucket: None takes ``AVRT_S3_BUCKET``.
-        keep: how many of them stay in the store.
-    """
+def checkpoint_sink(step: str) -> CheckpointSink | None:
+    """Where a training step saves its checkpoints; None where the environment names no store or no run."""
     run_id = os.environ.get(RUN_ID)
     if not run_id or not os.environ.get("AVRT_S3_ENDPOINT"):
         return None
-    return CheckpointSink(bucket or default_bucket(), run_id, step, keep)
+    return CheckpointSink(default_bucket(), run_id, step)
 
 
 def push_checkpoint(folder: Path, name: str, *, bucket: str | None = None, run_id: str | None = None) -> str:

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlparse
 
 from avrt_lib.config import StoreConfig
 from avrt_lib.errors import ConfigError, DataError, StoreError
-from avrt_lib.models import verify_manifest
+from avrt_lib.models import check_names, verify_manifest
 from avrt_lib.tables import MANIFEST, atomic_path, sha256_file
 
 if TYPE_CHECKING:
@@ -307,9 +307,9 @@ def _restore_empty_files(folder: Path) -> None:
     path = folder / MANIFEST
     if not path.exists():
         raise DataError(f"it has no {MANIFEST}.")
-    for name, entry in json.loads(path.read_text(encoding="utf-8"))["files"].items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise DataError(f"its manifest names {name}, which lies outside the model.")
+    files = json.loads(path.read_text(encoding="utf-8"))["files"]
+    check_names(files, f"its {MANIFEST}")
+    for name, entry in files.items():
         if entry["bytes"] == 0 and not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()

@@ -93,27 +93,23 @@ def export(student: Student, target: Path, *, dtype: torch.dtype, made_by: dict[
     return Change(math.sqrt(squared_change / squared_base) if squared_base else 0.0)
 
 
-def export_thinker(
-    thinker: PreTrainedModel, processor: ProcessorMixin, target: Path, *, dtype: torch.dtype | None = None
-) -> None:
+def export_thinker(thinker: PreTrainedModel, processor: ProcessorMixin, target: Path) -> None:
     """Write a thinker that has no base folder (a newly built one) in the full Omni layout, atomically.
 
     Args:
         thinker: a ``Qwen2_5OmniThinkerForConditionalGeneration``.
         processor: its processor, saved beside it.
         target: the folder to write; replaced if it is there. It gets no manifest.
-        dtype: of the written weights; None keeps the thinker's own.
     """
-    dtype = dtype or thinker.dtype
     tied = set(getattr(thinker, "all_tied_weights_keys", {}) or {})
     state = {
-        PREFIX + name: value.detach().cpu().to(dtype if value.is_floating_point() else value.dtype).contiguous()
+        PREFIX + name: value.detach().cpu().contiguous()
         for name, value in thinker.state_dict().items()
         if name not in tied
     }
     inner = {**thinker.config.to_dict(), "architectures": ["Qwen2_5OmniThinkerForConditionalGeneration"]}
     version = inner.pop("transformers_version", None)
-    name = str(dtype).removeprefix("torch.")
+    name = str(thinker.dtype).removeprefix("torch.")
     _set_dtype(inner, name)
     config = {
         "architectures": ["Qwen2_5OmniForConditionalGeneration"],
