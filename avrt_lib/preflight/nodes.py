@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from avrt_lib.cluster.profile import AffinityTerm, Pool, Toleration, amount
-from avrt_lib.preflight.checks import FAILED, OK, WARNING, Check
+from avrt_lib.cluster.profile import AffinityTerm, Pool, Profile, Toleration, amount
+from avrt_lib.preflight.api import Cluster, NotSeen
+from avrt_lib.preflight.checks import FAILED, OK, UNKNOWN, WARNING, Check
 
 GIB = 1024**3
+
+
+def pools(cluster: Cluster, profile: Profile) -> Iterator[Check]:
+    """The nodes against the pools; pools that are alike are one check."""
+    try:
+        nodes = cluster.ask(cluster.core.list_node).items
+    except NotSeen as reason:
+        yield Check("Pools", UNKNOWN, f"the nodes: {reason}")
+        return
+    alike: dict[str, list[str]] = {}
+    for role, pool in profile.pools.items():
+        alike.setdefault(pool.model_dump_json(), []).append(role)
+    autoscaled = _autoscaled(cluster)
+    for roles in alike.values():
+        pool = profile.pools[roles[0]]  # type: ignore[index]
+        yield pool_check(", ".join(roles), pool, nodes, autoscaled=autoscaled)
+
+
+def _autoscaled(cluster: Cluster) -> bool:
+    """Whether something adds nodes when pods wait for them, so that a pool may have none just now."""
+    if {"karpenter.sh", "autoscaling.openshift.io"} & set(cluster.groups()):
+        return True
+    try:
+        status = cluster.ask(cluster.core.read_namespaced_config_map, "cluster-autoscaler-status", "kube-system")
+    except NotSeen:
+        return False
+    return status is not None
 
 
 def pool_check(roles: str, pool: Pool, nodes: Sequence[Any], *, autoscaled: bool) -> Check:

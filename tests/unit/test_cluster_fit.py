@@ -12,10 +12,11 @@ from pydantic import ValidationError
 
 from avrt_lib.cluster.profile import Pool, Profile, load_profile, secret_variables
 from avrt_lib.config import load
+from avrt_lib.preflight.admin import _quota, retry_policy
 from avrt_lib.preflight.checks import Check
-from avrt_lib.preflight.cluster import _objects, _quota, retry_policy
 from avrt_lib.preflight.fit import fit
 from avrt_lib.preflight.nodes import pool_check
+from avrt_lib.preflight.objects import named
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 1024**3
@@ -132,7 +133,7 @@ def test_the_stores_ca_has_the_key_that_the_profile_names(key: str, status: str)
     found = client.V1ConfigMap(data={"service-ca.crt": "-----BEGIN CERTIFICATE-----"})
     cluster: Any = SimpleNamespace(inside=True, core=client.CoreV1Api(), ask=lambda *_: found)
     place = profile(store={"ca_config_map": "openshift-service-ca.crt", "ca_key": key})
-    (check,) = _objects(cluster, place)
+    (check,) = named(cluster, place)
     assert check.status == status
     assert profile("openshift-ai").store.ca_key == "service-ca.crt"
 

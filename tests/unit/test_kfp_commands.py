@@ -192,6 +192,12 @@ def test_what_was_only_just_applied_is_waited_for(
     assert len(api.runs) == 1
 
 
+def test_what_is_no_api_server_is_said(cluster: KubernetesApi) -> None:
+    checks = preflight_cluster.cluster_checks(load(MINIATURE), load_profile(TEST))
+    (found,) = (check.found for check in checks if check.name == preflight_cluster.CLUSTER)
+    assert "answers, but not as an API server" in found
+
+
 def test_nothing_is_waited_for_where_something_else_is_wrong(
     api: KfpApi, looks: list[list[Check]], capsys: pytest.CaptureFixture[str]
 ) -> None:
