@@ -23,8 +23,10 @@ setup: ## make .venv from the committed lock (cpu or cuda, by the machine)
 run: setup ## run the whole pipeline of configs/miniature.yaml
 	@$(BIN)/avrt run --config $(CONFIG) $(ARGS)
 
-test: setup ## run all tests: unit, integration, end to end
-	@$(BIN)/python -m pytest $(ARGS)
+# Tests run in two processes, of which each starts one engine at most. A GPU is not shared: there they run in one.
+WORKERS ?= $(if $(wildcard /dev/nvidia0),0,2)
+test: setup ## run all tests: unit, integration, end to end (WORKERS=0: in one process)
+	@$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 lint: setup ## style and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,6 +30,27 @@ for _name in ("AVRT_API_KEY", "AVRT_RUN", "AVRT_RUNS_DIR", "AVRT_DEBUG", "MLFLOW
     os.environ.pop(_name, None)
 
 
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """Gives the workers of ``make test`` whole files, in the order of collection: long ones come before unit tests.
+
+    What may use the cluster of KUBECONFIG stays on one worker, since those tests share its namespaces.
+    """
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "cluster" if file.startswith(("tests/cluster/", "tests/manifests/")) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    """How xdist distributes the tests."""
+    return ByFile(config, log)
+
+
 _OBSERVED = pytest.StashKey[list[str]]()
 
 
@@ -35,6 +58,19 @@ _OBSERVED = pytest.StashKey[list[str]]()
 def observed(pytestconfig: pytest.Config) -> Callable[[str], None]:
     """Takes a line about what a test saw, for the end of the run's output."""
     return pytestconfig.stash.setdefault(_OBSERVED, []).append
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that prints what this worker's tests observed."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["observed"] = session.config.stash.get(_OBSERVED, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take from a worker what its tests observed."""
+    lines = getattr(node, "workeroutput", {}).get("observed", [])
+    node.config.stash.setdefault(_OBSERVED, []).extend(lines)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
