@@ -319,7 +319,8 @@ class Prober:
             "env": [{"name": "AVRT_API_KEY", **(key or {"value": API_KEY})}],
             **(container or {}),
         }
-        spec = {"containers": [made], "terminationGracePeriodSeconds": 0, **(pod or {})}
+        # Started anew it would have forgotten what failed.
+        spec = {"containers": [made], "restartPolicy": "Never", "terminationGracePeriodSeconds": 0, **(pod or {})}
         core.create_namespaced_pod(namespace, {"metadata": {"name": self._pod}, "spec": spec})
         # A Service that has just been made may not be routed yet: what counts begins with the first answer.
         self._before = 0

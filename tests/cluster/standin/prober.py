@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import time
-import urllib.error
 import urllib.request
 from collections import Counter
 from pathlib import Path
@@ -43,7 +42,7 @@ while True:
             version = json.load(response)["choices"][0]["message"]["content"]
         answers[version] += 1
         order += [] if order[-1:] == [version] else [version]
-    except (OSError, urllib.error.URLError) as error:
+    except Exception as error:  # whatever it is, this request has failed; half an answer is no OSError
         failures.append(f"{time.time():.2f} {error!r}")
     if time.monotonic() - told > 0.5:
         told = time.monotonic()
