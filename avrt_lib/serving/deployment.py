@@ -117,7 +117,11 @@ def run(
         facts |= judge(config, replies, promoted=decision["promoted"])
     write_json(check / CHECK, {**facts, "questions": replies})
     if facts["ok"] is False:
-        failure = ServingError(f"The served model failed its check: {facts['reason']}")
+        mend = ""
+        if target == "kserve":  # the candidate had passed: what has changed is the champion, or the way to it
+            place = f"{config.promotion.model_name} --namespace {config.deployment.namespace}"
+            mend = f" The champion serves it by now: avrt serving rollback {place} takes it back."
+        failure = ServingError(f"The served model failed its check: {facts['reason'].rstrip('.')}.{mend}")
         failure.facts = facts  # type: ignore[attr-defined]
         raise failure
     return facts

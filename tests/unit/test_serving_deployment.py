@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,32 @@ def test_without_a_champion_the_step_is_skipped(tmp_path: Path) -> None:
     assert (facts["status"], facts["ok"], facts["latency_s"]) == ("skipped", None, None)
     assert "Not promoted: chance." in facts["reason"]
     assert read_json(tmp_path / "check/check.json")["status"] == "skipped"
+
+
+def test_a_champion_that_fails_its_check_can_be_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def served(*_: object) -> Iterator[deployment.Endpoint]:
+        yield deployment.Endpoint("http://127.0.0.1:9/v1", None, "m")
+
+    def unanswered(*_: object, **__: object) -> None:
+        raise ServingError("No server answers")
+
+    monkeypatch.setattr(deployment, "_kserve", served)
+    monkeypatch.setattr(deployment, "ask_sample", unanswered)
+    (tmp_path / "champion").mkdir()
+    decision = {"promoted": True, "uri": "s3://m", "sha256": "0", "version": 1, "reason": ""}
+    (tmp_path / "champion/champion.json").write_text(json.dumps(decision))
+    write_table(tmp_path / "samples", Sample, [sample("one")])
+    with pytest.raises(
+        ServingError, match=r"No server answers .*avrt serving rollback avrt-miniature --namespace avrt"
+    ):
+        deployment.run(
+            CONFIG.model_copy(update={"deployment": CONFIG.deployment.model_copy(update={"target": "kserve"})}),
+            workspace=Workspace(tmp_path, "deployment", tmp_path / "scratch"),
+            samples=tmp_path / "samples",
+            champion=tmp_path / "champion",
+            check=tmp_path / "check",
+        )
 
 
 @pytest.mark.parametrize(
