@@ -116,7 +116,7 @@ def test_a_champion_that_fails_its_check_can_be_taken_back(tmp_path: Path, monke
     (tmp_path / "champion/champion.json").write_text(json.dumps(decision))
     write_table(tmp_path / "samples", Sample, [sample("one")])
     with pytest.raises(
-        ServingError, match=r"No server answers .*avrt serving rollback avrt-miniature --namespace avrt"
+        ServingError, match=r"No server answers\. .*avrt serving rollback avrt-miniature --namespace avrt"
     ):
         deployment.run(
             CONFIG.model_copy(update={"deployment": CONFIG.deployment.model_copy(update={"target": "kserve"})}),
