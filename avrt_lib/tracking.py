@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -35,6 +36,7 @@ _FLUSH_AFTER_S = 2.0
 _FLUSH_AT = 200
 _FAILURES = 3
 _PARAM_CHARS = 6000
+_METRIC_CHARS = 250
 _ATTACH_S = 15.0
 _DOCUMENTS = (".json", ".yaml", ".html")
 _DOCUMENT_BYTES = 2**20
@@ -55,7 +57,7 @@ class StepRun:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        self._metrics += [Metric(key, float(value), now, step) for key, value in values.items()]
+        self._metrics += [Metric(metric_name(key), float(value), now, step) for key, value in values.items()]
         if len(self._metrics) >= _FLUSH_AT or time.monotonic() - self._flushed > _FLUSH_AFTER_S:
             self.flush()
 
@@ -111,6 +113,18 @@ class StepRun:
             log.warning("MLflow: %s failed%s: %s", what, more, _line(error))
         else:
             self._failures = 0
+
+
+def metric_name(name: str) -> str:
+    """A name that MLflow takes: question types and errors are part of some, and one odd name would cost a whole batch.
+
+    >>> metric_name("by_kind.Who, what & where?")
+    'by_kind.Who_ what _ where_'
+    """
+    plain = re.sub(r"[^\w.\-: /]", "_", name)
+    # MLflow takes a name for a path as well, which must not be another one when it is written out.
+    parts = [part for part in plain.split("/") if part.strip(".")]
+    return re.sub(r"^\.+", "_", "/".join(parts))[:_METRIC_CHARS].rstrip("/") or "_"
 
 
 _active: StepRun | None = None

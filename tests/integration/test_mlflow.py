@@ -86,6 +86,17 @@ def test_a_step_is_a_child_with_parameters_metrics_and_artifacts(
     assert client.get_run(parent).data.params.keys() == tracking.flat(CONFIG).keys()
 
 
+def test_no_name_costs_the_other_metrics(parent: str, client: MlflowClient) -> None:
+    odd = ["by_kind.Who, what (and where)?", "a//b", "../c", "/d", "..e", ".", "k" * 300, f"{'l' * 249}/m", "Fête 1"]
+    with tracking.step_run("evaluation-base", CONFIG) as run:
+        assert run is not None
+        run.log_metrics(dict.fromkeys([*odd, "accuracy"], 0.5), step=0)
+    found = client.get_run(run.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics.keys() == {tracking.metric_name(name) for name in [*odd, "accuracy"]}
+    assert {"accuracy", "by_kind.Who_ what _and where__", "a/b", "c", "d", "_e", "Fête 1"} <= found.data.metrics.keys()
+
+
 def test_a_failed_step_is_marked_and_goes_on_in_its_run(parent: str, client: MlflowClient, tmp_path: Path) -> None:
     (tmp_path / "validation.json").write_text('{"passed": false}')
     step = ("sft", CONFIG, ("sft",), {"report": tmp_path})
