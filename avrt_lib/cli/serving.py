@@ -15,6 +15,7 @@ from avrt_lib.cli.options import find_config, resolve
 from avrt_lib.config import Config, SourceConfig, parse_set
 from avrt_lib.errors import ServingError, UsageError
 from avrt_lib.records import Sample
+from avrt_lib.run_signals import Interrupted, signals_raise
 from avrt_lib.runs import find
 from avrt_lib.workspace import Workspace, read_reports
 
@@ -119,13 +120,21 @@ def rollout(
         found = check_candidate(used, candidate, questions, wanted.served_as)
         err.print(f"{found['well_formed']} of {found['answers']} answers have the asked form.", soft_wrap=True)
 
-    served = rollouts.rollout(
-        cluster,
-        wanted,
-        check=check,
-        timeout_s=timeout_s or used.deployment.start_timeout_s,
-        told=_told,
-    )
+    try:
+        with signals_raise():  # so that the next rollout finds the Lease free
+            served = rollouts.rollout(
+                cluster,
+                wanted,
+                check=check,
+                timeout_s=timeout_s or used.deployment.start_timeout_s,
+                told=_told,
+            )
+    except Interrupted:
+        _told(
+            "Stopped half-way: the same command goes on, "
+            f"avrt serving rollback {name} --namespace {namespace} gives it up."
+        )
+        raise
     out.print(served.line, soft_wrap=True, markup=False)
 
 

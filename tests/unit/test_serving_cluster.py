@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Any, ClassVar
 import pytest
 
 from avrt_lib.cli import main as cli
+from avrt_lib.cli import serving as commands
 from avrt_lib.errors import AvrtError, EnvironmentProblem, ServingError
+from avrt_lib.serving import rollout
 from avrt_lib.serving.cluster import Cluster, Conflict
 from avrt_lib.serving.inference_service import SOURCE
 from tests.kubeconfig import write_kubeconfig
@@ -171,3 +175,21 @@ def test_the_exit_code_of_status_says_what_it_does(
 def test_a_time_that_is_none_is_refused(avrt: Callable[..., tuple[int, str, str]], command: str) -> None:
     code, _, err = avrt(*command.split(), "--timeout-s", "-3")
     assert (code, "--timeout-s" in err) == (2, True)
+
+
+def test_a_rollout_that_is_stopped_says_how_it_goes_on(
+    answers: dict[str, tuple[int, object]],
+    avrt: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    spec = {"predictor": {"model": {"storageUri": "s3://m"}}}
+    metadata = {"name": "champion"}
+    answers[CHAMPION] = (200, {"apiVersion": "v", "kind": "k", "metadata": metadata, "spec": spec})
+    monkeypatch.setattr(rollout, "rollout", stopped)
+    monkeypatch.setattr(commands, "_questions", lambda *_: [])
+    code, _, err = avrt("rollout", "champion", "--uri", "s3://n", "--config", "miniature")
+    assert code == 128 + signal.SIGTERM
+    assert "the same command goes on, avrt serving rollback champion --namespace avrt gives it up." in err
