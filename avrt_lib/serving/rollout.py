@@ -120,7 +120,16 @@ class Wanted:
 
 
 def to_uri(champion: Document, uri: str, version: str | None, split: Split | None = None) -> Wanted:
-    """The champion as it is, with another model."""
+    """The champion as it is, with another model.
+
+    Raises:
+        UsageError: where it is not of the form that names a model.
+    """
+    if "model" not in champion["spec"]["predictor"]:
+        raise UsageError(
+            f"{champion['metadata']['name']} has no spec.predictor.model, so no other model can be put into it: it is "
+            "not one of ours."
+        )
     service: Document = {
         "apiVersion": champion["apiVersion"],
         "kind": champion["kind"],

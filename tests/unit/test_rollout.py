@@ -373,6 +373,13 @@ def test_argo_cd_would_undo_it(cluster: Memory) -> None:
         back(cluster)
 
 
+def test_a_service_of_another_form_is_refused() -> None:
+    other = champion()
+    other["spec"]["predictor"] = {"containers": [{"name": "kserve-container", "image": "x"}]}
+    with pytest.raises(UsageError, match=r"has no spec\.predictor\.model"):
+        to_uri(other, NEW, None)
+
+
 def test_names_that_kserve_cannot_serve(running: Memory) -> None:
     running.namespace = "n" * 40
     with pytest.raises(UsageError, match="take a shorter name"):
