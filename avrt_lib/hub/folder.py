@@ -35,9 +35,29 @@ def slug(name: str) -> str:
 
     >>> slug("Qwen/Qwen2.5-Omni-3B"), slug("nvidia/audio-flamingo-3-hf/think")
     ('qwen2.5-omni-3b', 'audio-flamingo-3-hf-think')
+
+    Raises:
+        ConfigError: where nothing of it can be part of an address.
     """
     parts = name.strip("/").split("/")
-    return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts[1:] or parts).lower()).strip("-.")
+    found = re.sub(r"[^a-z0-9.]+", "-", "-".join(parts[1:] or parts).lower()).strip("-.")
+    if not found:
+        raise ConfigError(f"{name!r} is no name of a model: say with --name which it is, as ORG/NAME.")
+    return found
+
+
+def source_folder(source: Path, to: str) -> Path:
+    """The folder of a model that came by disk, by a path whose last part may become the model's name.
+
+    Raises:
+        DataError: where it is no folder.
+        ConfigError: where the model would be published inside of it.
+    """
+    if not source.is_dir():
+        raise DataError(f"There is no folder {source}.")
+    if not to.startswith("s3://") and Path(to).expanduser().resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"--to {to} is inside of the model's folder {source}: name a folder outside of it.")
+    return source if source.name not in ("", "..") else source.resolve()
 
 
 def pickles(folder: Path) -> list[Path]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from avrt_lib.errors import DataError
 from avrt_lib.hub import folder as folders
 from avrt_lib.hub.folder import Published
 from avrt_lib.hub.prepare import origin_of
@@ -22,10 +21,9 @@ def import_folder(source: Path, to: str, *, name: str | None = None, revision: s
 
     Raises:
         DataError: a pickle, a missing or damaged file, or one that differs from the manifest or ``SHA256SUMS``.
-        ConfigError: code of the model is missing or lies in another repository.
+        ConfigError: code of the model is missing or lies in another repository, or ``to`` is inside of the folder.
     """
-    if not source.is_dir():
-        raise DataError(f"There is no folder {source}.")
+    source = folders.source_folder(source, to)
     folders.check(source)
     compared = folders.verify_sums(source)
     code = folders.code_of(source)

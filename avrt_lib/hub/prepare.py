@@ -60,6 +60,7 @@ def prepare(source: Path, to: str, *, name: str | None, revision: str | None, ad
         DataError: weights that are missing, damaged, or hold more than tensors, or differ from the manifest.
         ConfigError: an adapter that does not fit the model; code of the model that is missing; no revision for it.
     """
+    source = folders.source_folder(source, to)
     if not (source / "config.json").is_file():
         raise DataError(f"{source} is not a model folder: it has no config.json.")
     known_name, known_revision = origin_of(source)

@@ -266,6 +266,25 @@ def test_importing_again_finds_the_same_place(tmp_path: Path) -> None:
     assert import_folder(Path(first.address), str(tmp_path / "models"), name="qwen") == first
 
 
+def test_the_folder_that_one_stands_in_gives_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(hub_layouts.save_qwen(tmp_path / "qwen"))
+    published = import_folder(Path(), str(tmp_path / "models"))
+    assert (published.name, Path(published.address).parent) == ("qwen", tmp_path / "models" / "qwen")
+
+
+def test_a_name_without_a_letter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--name"):
+        import_folder(hub_layouts.save_qwen(tmp_path / "qwen"), str(tmp_path / "models"), name="…")
+
+
+def test_a_model_is_not_published_into_its_own_folder(tmp_path: Path) -> None:
+    folder = hub_layouts.save_qwen(tmp_path / "qwen")
+    with pytest.raises(ConfigError, match="outside of it"):
+        import_folder(folder, str(folder / "models"))
+    with pytest.raises(ConfigError, match="outside of it"):
+        prepare(folder, str(folder), name=None, revision=None, adapter=None)
+
+
 def test_importing_refuses_a_pickle_and_says_the_mend(tmp_path: Path) -> None:
     folder = hub_layouts.save_qwen(tmp_path / "qwen")
     (folder / "extra.pt").write_bytes(b"x")
