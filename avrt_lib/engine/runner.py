@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
@@ -12,6 +13,8 @@ from avrt_lib.engine.base import ChatRequest, Completion, Engine
 from avrt_lib.records import R
 from avrt_lib.tables import TableWriter
 from avrt_lib.workspace import Progress
+
+log = logging.getLogger("avrt")
 
 T = TypeVar("T")
 
@@ -77,6 +80,7 @@ def run_chunks(
                     break
                 answers = _ask(engine, [request for _, request in requests], attempt)
                 found.update(zip((i for i, _ in requests), answers, strict=True))
+            _warn([completion for completion in found.values() if completion.error], len(found))
             writer.commit(key, [make_row(item, found.get(i)) for i, item in enumerate(chunk)])
         progress.advance(len(chunk))
 
@@ -86,6 +90,14 @@ def _open(item: T, completion: Completion | None, attempt: int, accept: Callable
     if attempt == 1:
         return True
     return completion is not None and accept is not None and not accept(item, completion)
+
+
+def _warn(failed: Sequence[Completion], asked: int) -> None:
+    """Rows with an error count as wrong answers; where most of them are, nobody should take that for the model."""
+    if failed:
+        log.warning(
+            "%d of %d requests were not answered; the first, %s: %s", len(failed), asked, failed[0].id, failed[0].error
+        )
 
 
 def _ask(engine: Engine, requests: Sequence[ChatRequest], attempt: int) -> list[Completion]:

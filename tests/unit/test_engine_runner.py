@@ -21,11 +21,12 @@ class Recorder:
 
     model = "recorder"
 
-    def __init__(self, fail_at: int | None = None) -> None:
+    def __init__(self, fail_at: int | None = None, refused: str = "") -> None:
         self.calls: list[list[str]] = []
         self.closed = 0
         self.built = 0
         self.fail_at = fail_at
+        self.refused = refused
 
     def build(self) -> Recorder:
         self.built += 1
@@ -35,7 +36,12 @@ class Recorder:
         if self.fail_at is not None and len(self.calls) == self.fail_at:
             raise EngineError("gone")
         self.calls.append([request.id for request in requests])
-        return [Completion(r.id, f"{r.id}:{r.seed}", "stop", 1, 1, 0.0) for r in requests]
+        return [
+            Completion(r.id, "", "error", 0, 0, 0.0, error="too long")
+            if r.id in self.refused
+            else Completion(r.id, f"{r.id}:{r.seed}", "stop", 1, 1, 0.0)
+            for r in requests
+        ]
 
     def close(self) -> None:
         self.closed += 1
@@ -80,6 +86,14 @@ def test_a_failure_keeps_what_was_committed_and_a_second_run_asks_the_rest(tmp_p
     engine = Recorder()
     assert go(engine, tmp_path) == ["a:1", "b:1", "c:1", "d:1", "e:1"]
     assert engine.calls == [["c", "d"], ["e"]]
+
+
+def test_requests_that_were_refused_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert go(Recorder(refused="bcd"), tmp_path) == ["a:1", "", "", "", "e:1"]
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "1 of 2 requests were not answered; the first, b: too long",
+        "2 of 2 requests were not answered; the first, c: too long",
+    ]
 
 
 def test_no_engine_where_nothing_is_left(tmp_path: Path) -> None:
