@@ -32,7 +32,7 @@ from avrt_lib.config import Config, from_json
 from avrt_lib.errors import AvrtError, DiskFullError, EnvironmentProblem, InterruptedStep, OutputMissingError
 from avrt_lib.run_signals import Interrupted, signals_raise
 from avrt_lib.store import run_reports
-from avrt_lib.tables import MANIFEST, hash_folder, place_folder, read_json, write_json
+from avrt_lib.tables import MANIFEST, hash_folder, place_folder, read_json, sha256_file, write_json
 from avrt_lib.workspace import Workspace, log_to_file
 
 log = logging.getLogger("avrt")
@@ -57,6 +57,7 @@ class Step:
         inputs: names of input folders (a name that ends in ``s`` after a shard loop takes a list).
         outputs: names of output folders.
         params: names of plain parameters.
+        files: those of them that may name a local file or folder, whose content counts like an input's.
         sections: the configuration sections that it reads; its scratch is keyed by these.
         image: which image runs it: ``pipeline``, ``train`` or ``vllm``.
         repeatable: whether a finished result may be taken again for the same inputs.
@@ -68,6 +69,7 @@ class Step:
     sections: tuple[str, ...]
     image: str
     params: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
     repeatable: bool = True
 
     def part(self, config: Config) -> Config:
@@ -94,7 +96,9 @@ STEPS: dict[str, Step] = {
         "avrt_lib.merger", ("samples", "vision_traces", "audio_traces"), ("merged",), ("merger", "seed"), "vllm"
     ),
     "publish_traces": Step("avrt_lib.merger.publishing", ("merged",), ("published",), ("store",), "pipeline"),
-    "import_traces": Step("avrt_lib.merger.importing", ("samples",), ("merged",), ("merger",), "pipeline", ("source",)),
+    "import_traces": Step(
+        "avrt_lib.merger.importing", ("samples",), ("merged",), ("merger",), "pipeline", ("source",), files=("source",)
+    ),
     "data_validation": Step(
         "avrt_lib.validation", ("samples", "merged"), ("report",), ("validation", "merger", "data"), "pipeline"
     ),
@@ -336,6 +340,9 @@ def _key(step: Step, config: Config, inputs: Mapping[str, Path | list[Path]], pa
     for name, folder in _folders(inputs):
         digest.update(f"{name} {identity(folder)}".encode())
     digest.update(repr(sorted(params.items())).encode())
+    for place in (Path(str(params[name])) for name in step.files):
+        if place.exists():
+            digest.update((sha256_file(place) if place.is_file() else identity(place)).encode())
     return digest.hexdigest()[:16]
 
 

@@ -59,12 +59,13 @@ def publish(merged: Path, folder: Path, **settings: Any) -> dict[str, Any]:
     )
 
 
-def bring(samples: Path, source: Path | str, folder: Path) -> dict[str, Any]:
+def bring(samples: Path, source: Path | str, folder: Path, work: Path | None = None) -> dict[str, Any]:
     return run_step(
         "import_traces",
         config=load(MINIATURE).to_json(),
         inputs={"samples": samples},
         outputs={"merged": folder / "merged"},
+        work=work,
         params={"source": str(source)},
     )
 
@@ -159,6 +160,17 @@ def test_own_traces_become_merged_rows(data: tuple[Path, Path], tmp_path: Path) 
     assert (first.cell, first.answer_index, first.flags, first.model) == ("both", right[0], [], "own")
     assert first.words == 11
     assert (second.cell, second.flags) == ("none", ["wrong_answer"])
+
+
+def test_a_source_that_was_changed_is_read_again(data: tuple[Path, Path], tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    bring(data[0], own(tmp_path, row(0, reasoning="First.")), tmp_path, work)
+    bring(data[0], own(tmp_path, row(0, reasoning="Second.")), tmp_path, work)
+    assert [trace.reasoning for trace in read_rows(tmp_path / "merged", Merged)] == ["Second."]
+    write_table(tmp_path / "table", Merged, [trace(0)])
+    bring(data[0], tmp_path / "table", tmp_path, work)
+    write_table(tmp_path / "table", Merged, [trace(0), trace(1)])
+    assert bring(data[0], tmp_path / "table", tmp_path, work)["merged"]["rows"] == 2
 
 
 def test_a_text_may_hold_any_character(data: tuple[Path, Path], tmp_path: Path) -> None:
