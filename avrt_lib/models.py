@@ -76,9 +76,8 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: the message names the first file that differs.
     """
-    manifest: dict[str, Any] = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     files: dict[str, dict[str, Any]] = manifest["files"]
-    check_names(files, str(folder / MANIFEST))
     for name, entry in files.items():
         path = folder / name
         if not path.is_file() or sha256_file(path) != entry["sha256"]:
@@ -89,6 +88,19 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             raise DataError(f"{path} is not in the model's manifest: take it out, or publish the model again.")
     if manifest.get("content_sha256") != content_sha256(files):
         raise DataError(f"{folder / MANIFEST} does not fit its own list of files: copy the model again.")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a model folder, which lists files and none outside of it.
+
+    Raises:
+        DataError: where there is none, or it is no such document.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DataError(f"{folder / MANIFEST} is no manifest of a model: it lists no files.")
+    check_names(manifest["files"], str(folder / MANIFEST))
     return manifest
 
 

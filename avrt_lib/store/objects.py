@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlparse
 
 from avrt_lib.config import StoreConfig
 from avrt_lib.errors import ConfigError, DataError, StoreError
-from avrt_lib.models import check_names, verify_manifest
+from avrt_lib.models import read_manifest, verify_manifest
 from avrt_lib.tables import MANIFEST, atomic_path, sha256_file
 
 if TYPE_CHECKING:
@@ -304,12 +304,7 @@ def _fresh_session(boto3: Any) -> Iterator[None]:
 
 def _restore_empty_files(folder: Path) -> None:
     """KServe's library leaves out objects of no bytes; a model's empty files are part of its content."""
-    path = folder / MANIFEST
-    if not path.exists():
-        raise DataError(f"it has no {MANIFEST}.")
-    files = json.loads(path.read_text(encoding="utf-8"))["files"]
-    check_names(files, f"its {MANIFEST}")
-    for name, entry in files.items():
+    for name, entry in read_manifest(folder)["files"].items():
         if entry["bytes"] == 0 and not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()

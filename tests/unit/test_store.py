@@ -100,12 +100,17 @@ def _name_outside(folder: Path, manifest: dict[str, Any]) -> None:
     manifest["files"]["../weights.safetensors"] = {"sha256": "0", "bytes": 1}
 
 
+def _no_list(folder: Path, manifest: dict[str, Any]) -> None:
+    manifest.pop("files")
+
+
 @pytest.mark.parametrize(
     ("tamper", "said"),
     [
         (_other_weights, "does not fit its own list"),
         (_another_file, "more.safetensors is not in the model's manifest"),
         (_name_outside, "lies outside the model"),
+        (_no_list, "is no manifest of a model: it lists no files"),
     ],
 )
 def test_a_model_that_was_changed_together_with_its_manifest_is_refused(
