@@ -341,8 +341,10 @@ def _key(step: Step, config: Config, inputs: Mapping[str, Path | list[Path]], pa
         digest.update(f"{name} {identity(folder)}".encode())
     digest.update(repr(sorted(params.items())).encode())
     for place in (Path(str(params[name])) for name in step.files):
-        if place.exists():
-            digest.update((sha256_file(place) if place.is_file() else identity(place)).encode())
+        if place.is_file():
+            digest.update(sha256_file(place).encode())
+        elif (place / MANIFEST).is_file():
+            digest.update(identity(place).encode())
     return digest.hexdigest()[:16]
 
 
