@@ -135,7 +135,7 @@ def run(
     if stopped is not None:
         raise stopped
     number = -status if status < 0 else status - 128
-    how = signal.Signals(number).name if killed else f"exit code {status}"
+    how = signal.Signals(number).name if killed and number in set(signal.Signals) else f"exit code {status}"
     raise EnvironmentProblem(
         f"A process of {step} ended without a word ({how}), and the other ones with it; its log may say more. SIGKILL "
         "most often means that the memory ran out."
