@@ -301,6 +301,12 @@ def test_another_process_compiles_the_same_bytes_without_a_warning(root: Path, t
         assert (tmp_path / f"{'_'.join(case)}.yaml").read_bytes() == compiled_bytes(case), case
 
 
+def test_a_deadline_is_that_of_the_whole_run(tmp_path: Path) -> None:
+    found = changed("test", {"pipelines": {"deadline_s": 86400, "ttl_s": 3600}}, {}, tmp_path)
+    settings = found.platform["platforms"]["kubernetes"]["pipelineConfig"]
+    assert settings == {"activeDeadlineSeconds": 86400, "resourceTtlOnCompletion": 3600}
+
+
 def test_amounts_are_read_as_kubernetes_reads_them() -> None:
     from kubernetes.utils import parse_quantity
 
