@@ -137,7 +137,7 @@ def _supervise(
                 server = stack.enter_context(LocalObjectServer(folder.store, bucket=config.store.bucket))
                 environment |= server.environment
                 keep = frozenset({int((folder.store / "server.pid").read_text(encoding="utf-8"))})
-            # The configuration's also in a store that is there already, as on a cluster: checkpoints go by the variable.
+            # As on a cluster, also in a store that is there already: checkpoints go by the variable.
             environment["AVRT_S3_BUCKET"] = config.store.bucket
             uri = environment.get(tracking.URI) or f"sqlite:///{folder.path.parent / 'mlflow.db'}"
             tracked |= tracking.start_parent(config, folder.path, uri=uri, data_hash=data_hash)

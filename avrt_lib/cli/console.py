@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from avrt_lib.errors import AvrtError, DiskFullError
+from avrt_lib.errors import AvrtError, DiskFullError, EnvironmentProblem
 
 #: Results go to standard output, everything else to standard error.
 out = Console(highlight=False)
@@ -39,6 +39,8 @@ def fail(error: BaseException, *, debug: bool) -> int:
         message, code = str(error), error.exit_code
     else:
         message, code = f"{type(error).__name__}: {error}", 1
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message, code = f"{error.filename}: {error.strerror}", EnvironmentProblem.exit_code
         if not debug:
             message += " (--debug shows where)"
     line = " ".join(message.split())

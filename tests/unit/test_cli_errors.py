@@ -108,6 +108,7 @@ def test_a_run_without_champion_is_not_served(capsys: pytest.CaptureFixture[str]
     ("error", "code", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/runs/x"), 7, "No space left on the disk (/runs/x)"),
+        (PermissionError(errno.EACCES, "Permission denied", "/runs"), 7, "avrt: error: /runs: Permission denied (--"),
         (StoreError("two\nlines"), 10, "avrt: error: two lines"),
         (ValueError("odd"), 1, "ValueError: odd (--debug shows where)"),
     ],
