@@ -39,13 +39,15 @@ def serve_model(runs_dir: Path, *, run: str, model: Path | None, host: str, port
         0: being told to stop is how serving ends.
 
     Raises:
-        UsageError: where the run has no champion.
+        UsageError: where the run has no champion, or the folder no model.
         PortInUseError: where the port is taken.
         ServingError: where the server does not come up, or ends by itself.
     """
     from avrt_lib.child_servers import require_free
     from avrt_lib.serving.server import ServedModel
 
+    if model is not None and not (model / "config.json").is_file():
+        raise UsageError(f"{model} is not a model folder (it has no config.json): name another with --model.")
     require_free(port, host)
     runs_dir = runs_dir.expanduser().absolute()
     with contextlib.suppress(Interrupted), signals_raise():
@@ -130,11 +132,17 @@ def _store(folder: RunFolder, uri: str) -> Iterator[None]:
 
 
 def _api_key(runs_dir: Path) -> tuple[str, str]:
-    """The key of a server started here, and where it is kept: AVRT_API_KEY, or else the file in the runs folder."""
-    if key := os.environ.get("AVRT_API_KEY"):
+    """The key of a server started here, and where it is kept: AVRT_API_KEY, or else the file in the runs folder.
+
+    Raises:
+        UsageError: where the file is empty; the server would take a key that nobody knows.
+    """
+    if key := os.environ.get("AVRT_API_KEY", "").strip():
         return key, "AVRT_API_KEY"
     file = api_key_file(runs_dir)
-    return file.read_text(encoding="utf-8").strip(), str(file)
+    if not (key := file.read_text(encoding="utf-8").strip()):
+        raise UsageError(f"{file} is empty: remove it, so that a key is made, or set AVRT_API_KEY.")
+    return key, str(file)
 
 
 def api_key_file(runs_dir: Path) -> Path:

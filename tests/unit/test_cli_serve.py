@@ -11,8 +11,9 @@ import pytest
 from avrt_lib import store
 from avrt_lib.cli.console import program
 from avrt_lib.cli.run import _example
-from avrt_lib.cli.serve import _api_key, champion_folder
+from avrt_lib.cli.serve import _api_key, champion_folder, serve_model
 from avrt_lib.config import StoreConfig
+from avrt_lib.errors import UsageError
 from avrt_lib.models import write_manifest
 from avrt_lib.runs import RunFolder
 from avrt_lib.tables import write_json
@@ -26,6 +27,19 @@ def test_the_key_is_that_of_the_environment_or_of_the_runs_folder(
     assert where == str(tmp_path / "api-key")
     monkeypatch.setenv("AVRT_API_KEY", "given")
     assert _api_key(tmp_path) == ("given", "AVRT_API_KEY")
+
+
+def test_a_key_file_without_a_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AVRT_API_KEY", "\n")
+    (tmp_path / "api-key").touch()
+    with pytest.raises(UsageError, match="api-key is empty: remove it"):
+        _api_key(tmp_path)
+
+
+def test_a_folder_without_a_model_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nothing is not a model folder \(it has no config\.json\)"):
+        serve_model(tmp_path / "runs", run="latest", model=tmp_path / "nothing", host="127.0.0.1", port=8000)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_champion_that_is_here_needs_no_store(tmp_path: Path) -> None:
