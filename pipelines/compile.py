@@ -12,7 +12,7 @@ from kfp.compiler.compiler_utils import KubernetesManifestOptions
 
 from avrt_lib.cluster.profile import Profile, load_profile
 from avrt_lib.config import Config, load
-from avrt_lib.errors import DataError
+from avrt_lib.errors import AvrtError, DataError
 from avrt_lib.ingest.fingerprint import fingerprint
 from avrt_lib.tables import atomic_path
 from components.images import DEFAULT, Images, built
@@ -84,7 +84,7 @@ def data_identity(config: Config) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of ``python -m pipelines.compile``."""
     parser = argparse.ArgumentParser(prog="python -m pipelines.compile", description=__doc__)
-    parser.add_argument("config", type=Path, help="a configuration file (YAML or JSON)")
+    parser.add_argument("config", type=Path, help="a configuration file, with the profile's overrides in it")
     parser.add_argument("output", type=Path, help="the YAML file to write")
     for name in ("pipeline", "train", "vllm"):
         parser.add_argument(f"--{name}-image", help="by default what `make images` built, for a cluster")
@@ -93,6 +93,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data-hash", help="tells the data from other data, where this machine does not see it")
     parser.add_argument("--kubernetes", action="store_true", help="write Pipeline and PipelineVersion objects")
     given = parser.parse_args(arguments)
+    try:
+        _compile_given(given)
+    except AvrtError as error:
+        parser.exit(error.exit_code, f"{error}\n")
+
+
+def _compile_given(given: argparse.Namespace) -> None:
     config = load(given.config)
     cluster = load_profile(given.cluster) if given.cluster else None
     found = built(registry=cluster.registry, variant=cluster.build) if cluster else None

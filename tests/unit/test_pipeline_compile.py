@@ -16,7 +16,7 @@ from avrt_lib.cluster.profile import load_profile
 from avrt_lib.config import from_json, load
 from avrt_lib.errors import ConfigError
 from avrt_lib.steps import STEPS
-from pipelines.compile import PIPELINES, compile_pipeline
+from pipelines.compile import PIPELINES, compile_pipeline, main
 from pipelines.options import MAX_CONFIG_BYTES, config_parameter
 
 ROOT = Path(__file__).parents[2]
@@ -219,3 +219,12 @@ def test_a_configuration_that_is_too_large_to_travel_is_refused() -> None:
     config = load(MINIATURE, {"student.model": "m" * MAX_CONFIG_BYTES})
     with pytest.raises(ConfigError, match="only 15000 can travel"):
         config_parameter(config)
+
+
+def test_an_error_of_the_command_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(MINIATURE), str(tmp_path / "p.yaml"), "--cluster", str(tmp_path / "nope.yaml")])
+    assert ended.value.code == ConfigError.exit_code
+    assert (
+        capsys.readouterr().err == f"There is no cluster profile {tmp_path / 'nope.yaml'}: name one with --cluster.\n"
+    )
