@@ -14,7 +14,7 @@ from enum import StrEnum
 from itertools import chain
 from typing import Any
 
-from avrt_lib.errors import ServingError
+from avrt_lib.errors import EnvironmentProblem, ServingError
 from avrt_lib.promotion.manifest import MODEL_VERSION
 from avrt_lib.serving.cluster import Cluster, Document, Documents, container_statuses, terminated
 
@@ -28,6 +28,8 @@ POLL_S = 2.0
 #: A failure that waiting does not mend counts when it has lasted so long: the status lags, and a download may succeed
 #: at its second try.
 PATIENCE_S = 20.0
+#: For so long the API server may be away, as when it is restarted. A rollout's lease lasts little longer.
+AWAY_S = 10.0
 
 _OURS = "avrt/"
 _DOWNLOAD = "storage-initializer"
@@ -175,14 +177,21 @@ def wait(
         told: called with every answer before the last.
 
     Raises:
+        EnvironmentProblem: where the API server is away for longer than a moment.
         ServingError: where it fails for a reason that waiting does not mend, is set to another model or gone, or does
             not serve in time; the message holds the cause.
     """
     deadline = time.monotonic() + timeout_s
-    failing_since = None
+    failing_since = seen = None
     while True:
-        found = status(cluster, name, uri)
-        now = time.monotonic()
+        try:
+            found = status(cluster, name, uri)
+        except EnvironmentProblem:
+            if seen is None or time.monotonic() - seen > AWAY_S:
+                raise
+            time.sleep(POLL_S)
+            continue
+        seen = now = time.monotonic()
         if found.state is State.SERVING:
             return found
         if found.state in (State.OTHER, State.ABSENT):

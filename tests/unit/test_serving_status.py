@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from avrt_lib.errors import ServingError
-from avrt_lib.serving import inference_service
+from avrt_lib.errors import EnvironmentProblem, ServingError
+from avrt_lib.serving import inference_service, lease
 from avrt_lib.serving.cluster import Documents
 from avrt_lib.serving.inference_service import ARGO, SOURCE, STOP, State, Status, judge, wait
 from avrt_lib.serving.reach import reached
@@ -462,12 +462,15 @@ class Series:
 
     namespace = "avrt"
 
-    def __init__(self, clock: Clock, *found: tuple[float, Documents]) -> None:
+    def __init__(self, clock: Clock, *found: tuple[float, Documents | EnvironmentProblem]) -> None:
         self._clock = clock
         self._found = found
 
     def documents(self, name: str) -> Documents:
-        return [found for since, found in self._found if since <= self._clock.now][-1]
+        now = [found for since, found in self._found if since <= self._clock.now][-1]
+        if isinstance(now, EnvironmentProblem):
+            raise now
+        return now
 
 
 @pytest.fixture
@@ -480,7 +483,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 SERVED = Documents(service(), deployment(), [pod(ready=True)])
 
 
-def waited(clock: Clock, *found: tuple[float, Documents]) -> Status:
+def waited(clock: Clock, *found: tuple[float, Documents | EnvironmentProblem]) -> Status:
     return wait(Series(clock, *found), "champion", NEW, timeout_s=300)  # type: ignore[arg-type]
 
 
@@ -501,6 +504,26 @@ def test_room_is_waited_for(clock: Clock) -> None:
 def test_the_cause_is_told_when_time_is_up(clock: Clock) -> None:
     with pytest.raises(ServingError, match=r"Insufficient nvidia.com/gpu.*300 s"):
         waited(clock, (0, FAILED["GPU"][0]))
+
+
+AWAY = EnvironmentProblem("The API server does not answer")
+LOADING = ROLLING_OUT["with no pod ready"]
+
+
+def test_an_api_server_that_is_away_for_a_moment_is_waited_for(clock: Clock) -> None:
+    assert waited(clock, (0, LOADING), (4, AWAY), (10, SERVED)).state is State.SERVING
+
+
+def test_an_api_server_that_stays_away_is_not(clock: Clock) -> None:
+    with pytest.raises(EnvironmentProblem):
+        waited(clock, (0, LOADING), (4, AWAY))
+    assert clock.now < lease.DURATION_S
+
+
+def test_an_api_server_that_never_answered_is_not_waited_for(clock: Clock) -> None:
+    with pytest.raises(EnvironmentProblem):
+        waited(clock, (0, AWAY))
+    assert clock.now == 0
 
 
 def test_a_change_by_somebody_else_ends_the_wait(clock: Clock) -> None:
