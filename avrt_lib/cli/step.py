@@ -35,8 +35,6 @@ def run_one(
             raise UsageError(f"--input {key}={value}: there is no such folder.")
         if key in LISTS:
             given.setdefault(key, []).append(value)
-        elif key in given:
-            raise UsageError(f"--input {key} is given twice, but {name} takes one.")
         else:
             given[key] = value
     placed = dict(_pairs("--output", outputs, step.outputs))
@@ -53,12 +51,14 @@ def run_one(
 
 
 def _pairs(option: str, items: list[str], known: tuple[str, ...]) -> list[tuple[str, str]]:
-    pairs = []
+    pairs: list[tuple[str, str]] = []
     for item in items:
         key, equals, value = item.partition("=")
         if not equals or key not in known:
             takes = f"takes {', '.join(f'{name}=…' for name in known)}" if known else "is not taken by this step"
             raise UsageError(f"{option} {takes}, not {item!r}.")
+        if key not in LISTS and key in dict(pairs):
+            raise UsageError(f"{option} {key} is given twice, but the step takes one.")
         pairs.append((key, value))
     return pairs
 
