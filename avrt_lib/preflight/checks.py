@@ -311,7 +311,7 @@ def _endpoint(name: str, engine: EngineConfig, *, inside: bool) -> Check:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         answer = httpx.get(f"{url}/models", headers=headers, timeout=ANSWER_S, follow_redirects=True)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return Check(label, FAILED, f"{url} cannot be reached ({_line(error)})", "start it, or correct base_url")
+        return Check(label, FAILED, f"{url} cannot be reached ({one_line(error)})", "start it, or correct base_url")
     if answer.status_code in (401, 403):
         mend = f"correct the key in {engine.api_key_env}" if key else f"name its key in {name}.api_key_env"
         return Check(label, FAILED, f"{url} refuses the key ({answer.status_code})", mend)
@@ -345,7 +345,8 @@ def engines(config: Config) -> Iterator[tuple[str, EngineConfig]]:
         yield "evaluation.endpoint", config.evaluation.endpoint
 
 
-def _line(error: object) -> str:
+def one_line(error: object) -> str:
+    """What an error says, on one line; its class where it says nothing."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

@@ -7,9 +7,7 @@ from typing import Any
 
 from avrt_lib.cluster.profile import AffinityTerm, Pool, Profile, Toleration, amount
 from avrt_lib.preflight.api import Cluster, NotSeen
-from avrt_lib.preflight.checks import FAILED, OK, UNKNOWN, WARNING, Check
-
-GIB = 1024**3
+from avrt_lib.preflight.checks import FAILED, GIB, OK, UNKNOWN, WARNING, Check
 
 
 def pools(cluster: Cluster, profile: Profile) -> Iterator[Check]:

@@ -16,14 +16,13 @@ from urllib.parse import urlsplit
 from avrt_lib.cluster.profile import Profile, TrackingAccess, amount
 from avrt_lib.config import Config
 from avrt_lib.errors import AvrtError, ConfigError
-from avrt_lib.preflight.checks import ANSWER_S, FAILED, OK, UNKNOWN, WARNING, Check, in_cluster
+from avrt_lib.preflight.checks import ANSWER_S, FAILED, GIB, OK, UNKNOWN, WARNING, Check, in_cluster, one_line
 from avrt_lib.preflight.fit import ENGINE_ROLES
 from avrt_lib.store.objects import S3Settings, default_bucket, read_object
 from avrt_lib.tables import MANIFEST
 
 log = logging.getLogger("avrt.preflight")
 
-GIB = 1024**3
 #: How long a pod of the run waits for the store and MLflow together, and how often it asks: both may just be starting.
 COMING_UP_S, ASK_EVERY_S = 90.0, 5.0
 _PROBE = "preflight/probe"
@@ -101,7 +100,7 @@ def _probe(config: Config, profile: Profile, settings: S3Settings, *, inside: bo
         return Check(label, FAILED, f"{bucket} at {at}: {error.code} {error.message}", "look at the object store")
     except (MinioException, urllib3.exceptions.HTTPError) as error:
         mend = "start the object store, or correct store.endpoint and store.secure of the profile"
-        return Check(label, FAILED, f"{at} cannot be reached ({_line(error)})", mend, coming_up=inside)
+        return Check(label, FAILED, f"{at} cannot be reached ({one_line(error)})", mend, coming_up=inside)
 
 
 def _models(config: Config, profile: Profile, connection: Any) -> Check | None:
@@ -153,7 +152,7 @@ def tracking_check(tracking: TrackingAccess, secret: Mapping[str, str] | None, *
         )
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         mend = "start it, or correct tracking.uri of the profile; no champion can be registered without it"
-        return Check(label, FAILED, f"{uri} cannot be reached ({_line(error)})", mend, coming_up=inside)
+        return Check(label, FAILED, f"{uri} cannot be reached ({one_line(error)})", mend, coming_up=inside)
     if answer.status_code in (401, 403):
         mend = f"correct username and password of the secret {tracking.secret}"
         return Check(label, FAILED, f"{uri} refuses the credentials ({answer.status_code})", mend)
@@ -175,11 +174,7 @@ def manifests_check(config: Config) -> Check:
             shown, branches = repository.shown(repository.url), repository.branches()
     except AvrtError as error:
         mend = "correct deployment.manifests_url, or give the pods git's credentials (deployment.git.token_env)"
-        return Check(label, FAILED, _line(error).rstrip("."), mend)
+        return Check(label, FAILED, one_line(error).rstrip("."), mend)
     if branch not in branches:
         return Check(label, FAILED, f"{shown} has no branch {branch}", "correct deployment.manifests_branch")
     return Check(label, OK, f"{branch} of {shown} can be read")
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
