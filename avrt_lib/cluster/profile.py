@@ -47,6 +47,11 @@ Quantity = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(m|k|M|G|T|Ki|
 #: Names of variables, and addresses, that hold a secret. Tokenizers are none.
 _CREDENTIAL = re.compile(r"SECRET|PASSWORD|TOKEN(?!IZER)|ACCESS_KEY|API_KEY")
 _LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+#: Where steps find the store's own CA.
+CA_FOLDER = "/etc/avrt-store-ca"
+#: Where the backend's launcher and our own placement mount something; a pod with two mounts at one place is refused.
+_LAUNCHERS = ("/kfp-launcher", "/minio", "/s3", "/gcs", "/.local", "/.cache", "/.config")
+_TAKEN = ("", "/tmp", "/dev/shm", CA_FOLDER, *_LAUNCHERS)
 _SIZES = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -219,6 +224,16 @@ class Profile(Section):
             raise ValueError(f"pools needs {', '.join(missing)} too: every role has a pool")
         if self.pools["cpu"].gpus:
             raise ValueError("pools.cpu asks for GPUs, but none of its steps uses one: set gpus to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _volumes_have_places_of_their_own(self) -> Self:
+        taken = list(_TAKEN)
+        for volume in self.volumes:
+            place = volume.mount_path.rstrip("/")
+            if place in taken:
+                raise ValueError(f"volumes: {place or '/'} is taken in a step's pod: mount {volume.claim} elsewhere")
+            taken.append(place)
         return self
 
     @model_validator(mode="after")

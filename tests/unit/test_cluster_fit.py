@@ -150,6 +150,13 @@ def test_no_environment_holds_a_credential() -> None:
         profile(tracking={"uri": "https://me:pass@mlflow.example.com"})
 
 
+@pytest.mark.parametrize("paths", [("/tmp/",), ("/data", "/data/"), ("/.cache",), ("//",)])
+def test_a_claim_is_mounted_where_nothing_else_is(paths: tuple[str, ...]) -> None:
+    volumes = [{"claim": f"claim-{number}", "mount_path": path} for number, path in enumerate(paths)]
+    with pytest.raises(ValidationError, match="is taken in a step's pod: mount claim-"):
+        profile(volumes=volumes)
+
+
 def test_an_environment_may_set_what_is_no_credential() -> None:
     given = {"TOKENIZERS_PARALLELISM": "false", "HTTPS_PROXY": "http://proxy.example.com:3128"}
     assert profile(environment=given).environment == given
