@@ -15,7 +15,7 @@ from typing import Any
 
 from kfp import kubernetes
 
-from avrt_lib.cluster.profile import CA_FOLDER, VARIABLE, Pool, Profile, endpoint_of, step_secrets
+from avrt_lib.cluster.profile import CA_FOLDER, EMPTY_DIRS, VARIABLE, Pool, Profile, endpoint_of, step_secrets
 from avrt_lib.config import Config
 
 #: Labels that the backend puts on every pod of a run.
@@ -72,9 +72,9 @@ def _resources(task: Any, pool: Pool) -> None:
         task.set_accelerator_type(pool.gpu_resource)
         task.set_accelerator_limit(pool.gpus)
     if pool.shared_memory:
-        kubernetes.empty_dir_mount(task, "shared-memory", "/dev/shm", "Memory", pool.shared_memory)
+        kubernetes.empty_dir_mount(task, EMPTY_DIRS[0], "/dev/shm", "Memory", pool.shared_memory)
     if pool.scratch:
-        kubernetes.empty_dir_mount(task, "scratch", "/tmp", size_limit=pool.scratch)
+        kubernetes.empty_dir_mount(task, EMPTY_DIRS[1], "/tmp", size_limit=pool.scratch)
 
 
 def _lifetime(task: Any, pool: Pool, retries: int) -> None:

@@ -42,11 +42,15 @@ ROLES: dict[str, tuple[str, ...]] = {
 Role = Literal["cpu", "teacher", "merger", "training", "evaluation"]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+#: The backend's driver names a pod's volume after the claim or config map in it, and a volume's name has no dots.
+VolumeName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")]
 Quantity = Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
 
 #: Names of variables, and addresses, that hold a secret. Tokenizers are none.
 _CREDENTIAL = re.compile(r"SECRET|PASSWORD|TOKEN(?!IZER)|ACCESS_KEY|API_KEY")
 _LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+#: Names of the empty folders in a step's pod, shared memory first.
+EMPTY_DIRS = ("shared-memory", "scratch")
 #: Where steps find the store's own CA.
 CA_FOLDER = "/etc/avrt-store-ca"
 #: Where the backend's launcher and our own placement mount something; a pod with two mounts at one place is refused.
@@ -139,7 +143,7 @@ class Pool(Section):
 class Volume(Section):
     """A claim that is there already, mounted in every pod of the run: data sets, prepared models."""
 
-    claim: Name
+    claim: VolumeName
     mount_path: str = Field(pattern=r"^/[^\s]+$")
     sub_path: str = ""
 
@@ -151,7 +155,7 @@ class StoreAccess(Section):
     secure: bool = True
     region: str = "us-east-1"
     secret: Name = "avrt-store"
-    ca_config_map: Name | None = Field(None, description="config map with the CA, where the store has its own")
+    ca_config_map: VolumeName | None = Field(None, description="config map with the CA, where the store has its own")
     ca_key: str = Field("ca.crt", pattern=r"^[-._a-zA-Z0-9]+$", description="the config map's key")
 
 
@@ -233,6 +237,8 @@ class Profile(Section):
             place = volume.mount_path.rstrip("/")
             if place in taken:
                 raise ValueError(f"volumes: {place or '/'} is taken in a step's pod: mount {volume.claim} elsewhere")
+            if volume.claim in (*EMPTY_DIRS, self.store.ca_config_map):
+                raise ValueError(f"volumes: another volume of a step's pod is called {volume.claim}: rename the claim")
             taken.append(place)
         return self
 

@@ -139,9 +139,10 @@ def _volumes(placed: dict[str, Any]) -> tuple[list[client.V1Volume], list[client
             client.V1VolumeMount(name=each["constant"], mount_path=each["mountPath"], sub_path=each.get("subPath"))
         )
     for each in placed.get("configMapAsVolume", []):
-        source = client.V1ConfigMapVolumeSource(name=each["configMapName"], optional=each["optional"])
-        volumes.append(client.V1Volume(name="ca", config_map=source))
-        mounts.append(client.V1VolumeMount(name="ca", mount_path=each["mountPath"]))
+        name = each["configMapName"]  # the volume's too: the driver takes it for both
+        source = client.V1ConfigMapVolumeSource(name=name, optional=each["optional"])
+        volumes.append(client.V1Volume(name=name, config_map=source))
+        mounts.append(client.V1VolumeMount(name=name, mount_path=each["mountPath"]))
     return volumes, mounts
 
 

@@ -132,7 +132,7 @@ def test_the_stores_ca_has_the_key_that_the_profile_names(key: str, status: str)
     # OpenShift's service CA operator writes service-ca.crt.
     found = client.V1ConfigMap(data={"service-ca.crt": "-----BEGIN CERTIFICATE-----"})
     cluster: Any = SimpleNamespace(inside=True, core=client.CoreV1Api(), ask=lambda *_: found)
-    place = profile(store={"ca_config_map": "openshift-service-ca.crt", "ca_key": key})
+    place = profile(store={"ca_config_map": "avrt-store-ca", "ca_key": key})
     (check,) = named(cluster, place)
     assert check.status == status
     assert profile("openshift-ai").store.ca_key == "service-ca.crt"
@@ -148,6 +148,15 @@ def test_no_environment_holds_a_credential() -> None:
         profile(environment={"HTTPS_PROXY": "http://me:pass@proxy.example.com:3128"})
     with pytest.raises(ValidationError, match=r"tracking\.uri holds a password"):
         profile(tracking={"uri": "https://me:pass@mlflow.example.com"})
+
+
+def test_what_becomes_a_volume_has_a_volumes_name() -> None:
+    with pytest.raises(ValidationError, match=r"store\.ca_config_map"):
+        profile(store={"ca_config_map": "openshift-service-ca.crt"})
+    with pytest.raises(ValidationError, match=r"volumes\.0\.claim"):
+        profile(volumes=[{"claim": "data.v2", "mount_path": "/data"}])
+    with pytest.raises(ValidationError, match="another volume of a step's pod is called scratch"):
+        profile(volumes=[{"claim": "scratch", "mount_path": "/data"}])
 
 
 @pytest.mark.parametrize("paths", [("/tmp/",), ("/data", "/data/"), ("/.cache",), ("//",)])
