@@ -22,6 +22,7 @@ import yaml
 from avrt_lib.config import Config
 from avrt_lib.records import Sample
 from avrt_lib.run_processes import marked
+from avrt_lib.steps import run_step
 from avrt_lib.tables import read_rows, write_table
 from avrt_lib.workspace import MARKER
 
@@ -123,27 +124,28 @@ def weights(folder: Path) -> Any:
     return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
 
 
-def losses(report: dict[str, Any]) -> list[float]:
-    return [row["loss"] for row in report["facts"]["history"] if row["loss"] is not None]
+def losses(facts: dict[str, Any]) -> list[float]:
+    return [row["loss"] for row in facts["history"] if row["loss"] is not None]
 
 
 def test_two_processes_learn_what_one_learns_in_two_batches(
     tmp_path: Path, student: Path, data: dict[str, Path], start: Start
 ) -> None:
     common = {"epochs": 40, "max_steps": 6, "per_device_batch": 2}
-    one = start(
+    one = run_step(
         "sft",
-        tiny_models.config(student, sft={**common, "gradient_accumulation": 2, "processes": 1}),
-        data,
-        tmp_path / "one",
+        config=tiny_models.config(student, sft={**common, "gradient_accumulation": 2, "processes": 1}),
+        inputs=data,
+        outputs={"model": tmp_path / "one"},
+        work=tmp_path / "one-work",
     )
-    assert one.ended() == 0, one.log[-3000:]
     two = start("sft", tiny_models.config(student, sft={**common, "processes": 2}), data, tmp_path / "two")
     assert two.ended() == 0, two.log[-3000:]
-    assert len(losses(two.report())) == 6
-    assert losses(two.report()) == pytest.approx(losses(one.report()), abs=1e-3)
-    base, alone, together = (weights(folder) for folder in (student, one.model, two.model))
-    assert (together - alone).norm() < 0.05 * (alone - base).norm()
+    together = losses(two.report()["facts"])
+    assert len(together) == 6
+    assert together == pytest.approx(losses(one), abs=1e-3)
+    base, by_one, by_two = (weights(folder) for folder in (student, tmp_path / "one", two.model))
+    assert (by_two - by_one).norm() < 0.05 * (by_one - base).norm()
     assert two.report(rank=1)["status"] == "succeeded"
     assert json.loads((two.work / "progress/sft.json").read_text())["done"] == 6
 

@@ -130,7 +130,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, student: Path, data: d
     """The model of ``LONG`` by a step that nobody stopped."""
     folder = tmp_path_factory.mktemp("undisturbed")
     config = tiny_models.config(student, sft=LONG)
-    finished(step("sft", config, data, folder / "model", folder / "work"))
+    run_step("sft", config=config, inputs=data, outputs={"model": folder / "model"}, work=folder / "work")
     return folder / "model"
 
 
