@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 #: KServe builds the host name NAME-predictor-NAMESPACE, a DNS label of at most 63 characters.
 LONGEST_NAME_AND_NAMESPACE = 52
+#: What a rollout's candidate has behind the champion's name (``avrt_lib.serving.rollout``).
+CANDIDATE = "-candidate"
 
 #: Annotations: what is served, and where it comes from.
 MODEL_SHA256 = "avrt/model-sha256"
@@ -27,16 +29,23 @@ RUN = "avrt/run"
 DATA = "avrt/data-hash"
 
 
+def fits(name: str, namespace: str) -> bool:
+    """Whether KServe can make a host name of an InferenceService's name and its namespace."""
+    return len(name) + len(namespace) <= LONGEST_NAME_AND_NAMESPACE
+
+
 def check_names(config: Config) -> None:
-    """Check that KServe can make a host name of the model's name and the namespace.
+    """Check that KServe can make host names of all that a deployment makes: target ``kserve`` makes a candidate too.
 
     Raises:
-        ConfigError: where both together are too long; the cluster would say so only after the object is made.
+        ConfigError: where name and namespace are too long; the cluster would say so only after training.
     """
     name, namespace = config.promotion.model_name, config.deployment.namespace
-    if len(name) + len(namespace) > LONGEST_NAME_AND_NAMESPACE:
+    if config.deployment.target == "kserve":
+        name += CANDIDATE
+    if not fits(name, namespace):
         raise ConfigError(
-            f"promotion.model_name ({name}) and deployment.namespace ({namespace}) have more than "
+            f"promotion.model_name (as {name}) and deployment.namespace ({namespace}) have more than "
             f"{LONGEST_NAME_AND_NAMESPACE} characters together: KServe cannot make a host name of them, shorten one."
         )
 

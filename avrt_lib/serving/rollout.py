@@ -23,7 +23,15 @@ from enum import StrEnum
 from typing import Any
 
 from avrt_lib.errors import AvrtError, ServingError, UsageError
-from avrt_lib.promotion.manifest import DATA, LONGEST_NAME_AND_NAMESPACE, MODEL_SHA256, MODEL_VERSION, RUN
+from avrt_lib.promotion.manifest import (
+    CANDIDATE,
+    DATA,
+    LONGEST_NAME_AND_NAMESPACE,
+    MODEL_SHA256,
+    MODEL_VERSION,
+    RUN,
+    fits,
+)
 from avrt_lib.serving.cluster import Cluster, Conflict, Document, container_statuses
 from avrt_lib.serving.inference_service import (
     ARGO,
@@ -42,7 +50,6 @@ from avrt_lib.serving.route import Route, Split
 
 log = logging.getLogger("avrt.serving")
 
-CANDIDATE = "-candidate"
 #: What the champion was before, as JSON: uri, annotations (version, hash, run, data), predictor.
 PREVIOUS = "avrt/previous"
 #: The model that a rollback took away.
@@ -201,7 +208,7 @@ def rollout(
             come up with the new model, which sets it back.
     """
     candidate_name = wanted.name + CANDIDATE
-    if len(candidate_name) + len(cluster.namespace) > LONGEST_NAME_AND_NAMESPACE:
+    if not fits(candidate_name, cluster.namespace):
         raise UsageError(
             f"{candidate_name} and the namespace {cluster.namespace} have more than {LONGEST_NAME_AND_NAMESPACE} "
             "characters together, which KServe cannot serve: take a shorter name."

@@ -48,7 +48,7 @@ def test_the_miniature_fits_every_profile(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"promotion.model_name": "m" * 40, "deployment.namespace": "n" * 20}, "more than 52 characters"),
+        ({"promotion.model_name": "m" * 40, "deployment.namespace": "n" * 3}, f"{'m' * 40}-candidate"),
         ({"promotion.model_name": "7b"}, "must start with a letter"),
         ({"deployment.namespace": "Team"}, "deployment.namespace Team is no DNS label"),
     ],

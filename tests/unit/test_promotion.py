@@ -172,10 +172,13 @@ def test_different_questions_are_not_compared(tmp_path: Path) -> None:
         )
 
 
-def test_names_that_kserve_cannot_join_are_refused() -> None:
-    manifest.check_names(configured(**{"promotion.model_name": "m" * 20, "deployment.namespace": "n" * 32}))
+@pytest.mark.parametrize(("target", "longest"), [("git", 32), ("kserve", 22)])  # kserve: a candidate's name is longer
+def test_names_that_kserve_cannot_join_are_refused(target: str, longest: int) -> None:
+    settings = {"promotion.model_name": "m" * 20, "deployment.target": target}
+    settings["deployment.manifests_url"] = "https://git.example.com/models"
+    manifest.check_names(configured(**settings | {"deployment.namespace": "n" * longest}))
     with pytest.raises(ConfigError, match="more than 52"):
-        manifest.check_names(configured(**{"promotion.model_name": "m" * 20, "deployment.namespace": "n" * 33}))
+        manifest.check_names(configured(**settings | {"deployment.namespace": "n" * (longest + 1)}))
 
 
 def test_what_kserve_could_not_serve_is_not_published(tmp_path: Path) -> None:
