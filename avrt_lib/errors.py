@@ -87,6 +87,10 @@ class EngineError(AvrtError):
     exit_code = 8
 
 
+class NothingAnsweredError(EngineError):
+    """Every request of a step, or of one kind in it, was refused: that tells of a setting, and not of the model."""
+
+
 class TrainingError(AvrtError):
     """Training that went wrong in a way that must not pass: no steps, changed frozen weights, no finite loss."""
 

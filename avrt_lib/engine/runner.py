@@ -7,9 +7,10 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from avrt_lib.engine.base import ChatRequest, Completion, Engine
+from avrt_lib.errors import NothingAnsweredError
 from avrt_lib.records import R
 from avrt_lib.tables import TableWriter
 from avrt_lib.workspace import Progress
@@ -44,12 +45,16 @@ def run_chunks(
     accept: Callable[[T, Completion], bool] | None = None,
     attempts: int = 1,
     mine: Callable[[int], bool] | None = None,
+    kind: Callable[[T], str] = lambda _: "",
 ) -> None:
     """Make one row of every item and commit them in chunks.
 
     A chunk is one call of the engine with nothing else in it, and is redone whole where it was not committed, so a
     resumed run makes the same rows as an undisturbed one. The engine is not called where nothing is left to ask (a
     ``LazyEngine`` is not even built then).
+
+    A request that is refused gets a row with its error. Where all of a kind are refused, nobody shall take that for the
+    model's answers: a chunk is committed once each kind in it has an answer, and waits in memory until then.
 
     Args:
         engine: answers the requests; closing it is the caller's.
@@ -62,15 +67,21 @@ def run_chunks(
         accept: whether a completion is good; others are asked again while attempts are left.
         attempts: how often an item is asked at most.
         mine: which chunk numbers to do; all if not given.
+        kind: which items stand or fall together; all of them if not given.
 
     Raises:
         EngineError: where the engine fails; chunks committed before stay.
+        NothingAnsweredError: where requests of a kind were made and none of them was answered; chunks with this kind in
+            them are not committed, and a resumed run asks them again.
     """
+    waiting = _Waiting(writer)
     for number, chunk in enumerate(chunked(items, chunk_rows)):
         if mine is not None and not mine(number):
             continue
-        key = f"{number:05d}"
-        if not writer.has(key):
+        key, kinds = f"{number:05d}", [kind(item) for item in chunk]
+        if writer.has(key):
+            waiting.answered.update(kinds)
+        else:
             found: dict[int, Completion] = {}
             for attempt in range(1, attempts + 1):
                 asked = [i for i, item in enumerate(chunk) if _open(item, found.get(i), attempt, accept)]
@@ -80,9 +91,56 @@ def run_chunks(
                     break
                 answers = _ask(engine, [request for _, request in requests], attempt)
                 found.update(zip((i for i, _ in requests), answers, strict=True))
+                waiting.note((kinds[i], found[i]) for i, _ in requests)
             _warn([completion for completion in found.values() if completion.error], len(found))
-            writer.commit(key, [make_row(item, found.get(i)) for i, item in enumerate(chunk)])
+            waiting.add(key, set(kinds), [make_row(item, found.get(i)) for i, item in enumerate(chunk)])
         progress.advance(len(chunk))
+    waiting.end(engine.model)
+
+
+class _Waiting(Generic[R]):
+    """Chunks that are not committed yet, as a kind of item in them has no answer so far.
+
+    Whatever is committed is thus of kinds that have answers, or of kinds of which nothing was asked: a resumed run sees
+    no more of an earlier one.
+    """
+
+    def __init__(self, writer: TableWriter[R]) -> None:
+        self.answered: set[str] = set()
+        self._writer = writer
+        self._chunks: dict[str, tuple[set[str], list[R]]] = {}
+        self._refused: dict[str, list[Completion]] = {}
+
+    def note(self, completions: Iterable[tuple[str, Completion]]) -> None:
+        """Take in what the engine said, with the kind of item that it is about."""
+        for kind, completion in completions:
+            if completion.error is None:
+                self.answered.add(kind)
+            elif kind not in self.answered:
+                self._refused.setdefault(kind, []).append(completion)
+
+    def add(self, key: str, kinds: set[str], rows: list[R]) -> None:
+        """Commit the chunk, and those before it, as soon as all their kinds have answers."""
+        self._chunks[key] = (kinds, rows)
+        for ready in [each for each, (needed, _) in self._chunks.items() if needed <= self.answered]:
+            self._writer.commit(ready, self._chunks.pop(ready)[1])
+
+    def end(self, model: str) -> None:
+        """Commit what is left, which is of kinds that nothing was asked of.
+
+        Raises:
+            NothingAnsweredError: where something was, and refused; the message holds the engine's words.
+        """
+        for kind, refused in self._refused.items():
+            if kind not in self.answered:
+                raise NothingAnsweredError(
+                    f"{model} answered none of {len(refused)} requests{f' ({kind})' if kind else ''}; the first, "
+                    f"{refused[0].id}: {str(refused[0].error).rstrip('.')}. Where they are too long, raise "
+                    "max_model_len or lower data.frames in a new run; where an endpoint is set up wrongly, correct it "
+                    "and go on with --resume, which asks them again."
+                )
+        for key, (_, rows) in self._chunks.items():
+            self._writer.commit(key, rows)
 
 
 def _open(item: T, completion: Completion | None, attempt: int, accept: Callable[[T, Completion], bool] | None) -> bool:

@@ -15,13 +15,13 @@ from avrt_lib import compat, models
 from avrt_lib.config import Config, EngineConfig
 from avrt_lib.engine import factory
 from avrt_lib.engine.lazy import LazyEngine
-from avrt_lib.errors import EngineError, UsageError
-from avrt_lib.evaluation.asking import ask, ask_in_child, build_engine, conditions_of
+from avrt_lib.errors import EngineError, NothingAnsweredError, UsageError
+from avrt_lib.evaluation.asking import CHUNKS_LEFT, ask, ask_in_child, build_engine, conditions_of
 from avrt_lib.evaluation.metrics import summarise
 from avrt_lib.evaluation.parity import parity as compare
 from avrt_lib.records import Prediction, Sample
 from avrt_lib.tables import MANIFEST, TableWriter, hash_folder, read_json, read_rows, write_json
-from avrt_lib.workspace import Workspace
+from avrt_lib.workspace import Progress, Workspace
 
 if TYPE_CHECKING:
     from multiprocessing.context import SpawnContext
@@ -58,7 +58,7 @@ def run(
 
     Raises:
         UsageError: where the role is not known, or a trained one comes without its model.
-        EngineError: where the model cannot be loaded or fails.
+        EngineError: where the model cannot be loaded or fails, or refuses every question of a condition.
     """
     if role not in ROLES:
         raise UsageError(f"There is no model role {role!r}: name one of {', '.join(ROLES)}.")
@@ -116,7 +116,7 @@ def _ask_all(
     writer: TableWriter[Prediction],
     engine: LazyEngine[VllmEngine],
 ) -> None:
-    """Share 0 is asked here, the other shares in processes beside this one."""
+    """Share 0 is asked here, the other shares in processes beside this one; what a share leaves is judged with all."""
     processes = config.evaluation.processes
     compat.share_cores(processes)
     context: SpawnContext = multiprocessing.get_context("spawn")
@@ -134,12 +134,22 @@ def _ask_all(
         for child in children:
             child.start()
         with workspace.progress("answers", _count(config, samples)) as progress:
-            ask(config, samples, writer, progress, engine, 0)
+            try:
+                ask(config, samples, writer, progress, engine, 0)
+                left = False
+            except NothingAnsweredError:
+                if not children:
+                    raise
+                left = True
             for child in children:
                 child.join()
-                if child.exitcode:
+                if child.exitcode == CHUNKS_LEFT:
+                    left = True
+                elif child.exitcode:
                     reason = failures.get(timeout=1) if not failures.empty() else f"exit code {child.exitcode}"
                     raise EngineError(f"An evaluation process of {engine.model} failed: {reason}")
+            if left:
+                ask(config, samples, writer, Progress(None, "answers", None), engine, None)
             progress.done = progress.total or progress.done
     finally:
         for child in children:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from avrt_lib.engine.base import ChatRequest, Completion, Engine
 from avrt_lib.engine.lazy import LazyEngine
 from avrt_lib.engine.messages import student_messages
 from avrt_lib.engine.runner import run_chunks
-from avrt_lib.errors import EngineError
+from avrt_lib.errors import EngineError, NothingAnsweredError
 from avrt_lib.evaluation.official import is_correct
 from avrt_lib.records import Prediction, Sample
 from avrt_lib.tables import TableWriter, read_rows
@@ -26,6 +27,9 @@ from avrt_lib.workspace import Progress
 
 if TYPE_CHECKING:
     from avrt_lib.engine.vllm_engine import VllmEngine
+
+#: How a process ends that has left chunks, as no request of a condition was answered in its share.
+CHUNKS_LEFT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +86,14 @@ def ask(
     writer: TableWriter[Prediction],
     progress: Progress,
     engine: Engine,
-    share: int,
+    share: int | None,
 ) -> None:
-    """Write the predictions of one share of the chunks (number ``share`` of ``evaluation.processes``)."""
+    """Write the predictions of one share of the chunks (number ``share`` of ``evaluation.processes``); None: of all.
+
+    Raises:
+        EngineError: where the engine fails.
+        NothingAnsweredError: where it refuses all of a condition, which would count as wrong answers.
+    """
 
     def make_request(item: Asked, attempt: int) -> ChatRequest | None:
         messages = student_messages(config.student.prompt, item.sample, item.condition)
@@ -100,7 +109,8 @@ def ask(
         writer=writer,
         chunk_rows=config.evaluation.chunk_rows,
         progress=progress,
-        mine=lambda number: number % config.evaluation.processes == share,
+        mine=None if share is None else lambda number: number % config.evaluation.processes == share,
+        kind=lambda item: f"condition {item.condition}",
     )
 
 
@@ -138,6 +148,8 @@ def ask_in_child(
     try:
         with LazyEngine(lambda: build_engine(settings, model, name), name) as engine:
             ask(settings, samples, TableWriter(predictions, Prediction), Progress(None, "answers", None), engine, share)
+    except NothingAnsweredError:
+        sys.exit(CHUNKS_LEFT)
     except EngineError as error:
         failures.put(str(error))
         raise

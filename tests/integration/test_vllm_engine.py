@@ -12,7 +12,7 @@ from avrt_lib.config import Config, EngineConfig, load
 from avrt_lib.engine import messages, student_media
 from avrt_lib.engine.base import ChatRequest
 from avrt_lib.engine.vllm_engine import VllmEngine
-from avrt_lib.errors import EngineError
+from avrt_lib.errors import EngineError, NothingAnsweredError
 from avrt_lib.records import Prediction, Sample
 from avrt_lib.tables import MANIFEST, read_json, read_rows, write_table
 from avrt_lib.workspace import Workspace
@@ -119,6 +119,17 @@ def test_two_processes_make_the_same_table(
     config = configuration(student, **{"evaluation.processes": 2, "promotion.parity_samples": 0})
     _, both = evaluate(config, tmp_path, samples)
     assert read_json(both / MANIFEST)["content_sha256"] == read_json(predictions / MANIFEST)["content_sha256"]
+
+
+def test_a_student_that_refuses_every_question_fails(student: Path, tmp_path: Path) -> None:
+    rows = [tiny_models.sample(number, split="test") for number in range(4)]
+    write_table(tmp_path / "samples", Sample, [dataclasses.replace(row, question="red " * 400) for row in rows])
+    config = configuration(student, **{"evaluation.processes": 2, "student.max_model_len": 256})
+    with pytest.raises(
+        NothingAnsweredError, match=r"base@\w+ answered none of 4 requests \(condition av\).* 256 .*max_model_len"
+    ):
+        evaluate(config, tmp_path, tmp_path / "samples")
+    assert not list((tmp_path / "predictions").iterdir())
 
 
 def test_a_request_that_is_too_long_comes_back_with_its_error(student: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from avrt_lib.engine.base import ChatRequest, Completion
 from avrt_lib.engine.lazy import LazyEngine
 from avrt_lib.engine.runner import chunked, derive_seed, run_chunks
-from avrt_lib.errors import EngineError
+from avrt_lib.errors import EngineError, NothingAnsweredError
 from avrt_lib.records import Dropped
 from avrt_lib.tables import TableWriter, read_rows
 from avrt_lib.workspace import Progress
@@ -94,6 +94,41 @@ def test_requests_that_were_refused_are_told_of(tmp_path: Path, caplog: pytest.L
         "1 of 2 requests were not answered; the first, b: too long",
         "2 of 2 requests were not answered; the first, c: too long",
     ]
+
+
+def test_a_step_of_which_every_request_is_refused_fails_and_is_asked_again(tmp_path: Path) -> None:
+    items = ["-", "a", "b", "-", "-"]  # what has no request is no answer
+    with pytest.raises(
+        NothingAnsweredError, match=r"recorder answered none of 2 requests; the first, a: too long\. .*max_"
+    ):
+        go(Recorder(refused="ab"), tmp_path, items)
+    engine = Recorder()
+    assert go(engine, tmp_path, items) == ["", "a:1", "b:1", "", ""]
+    assert engine.calls == [["a"], ["b"]]
+
+
+def test_refused_rows_are_kept_once_another_one_is_answered(tmp_path: Path) -> None:
+    assert go(Recorder(refused="abcd"), tmp_path) == ["", "", "", "", "e:1"]
+
+
+def test_an_answer_from_before_the_resume_counts(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="gone"):
+        go(Recorder(fail_at=1), tmp_path)
+    assert go(Recorder(refused="cde"), tmp_path) == ["a:1", "b:1", "", "", ""]
+
+
+def test_a_kind_that_is_refused_throughout_fails_though_others_are_answered(tmp_path: Path) -> None:
+    with pytest.raises(NothingAnsweredError, match=r"none of 2 requests \(av\); the first, A: too long"):
+        go(Recorder(refused="AB"), tmp_path, "aAbB", kind=lambda item: "av" if item.isupper() else "audio_only")
+
+
+def test_what_a_share_leaves_is_judged_with_all_shares(tmp_path: Path) -> None:
+    with pytest.raises(NothingAnsweredError):
+        go(Recorder(refused="cd"), tmp_path, mine=lambda number: number % 2 == 1)
+    go(Recorder(), tmp_path, mine=lambda number: number % 2 == 0)
+    engine = Recorder(refused="cd")
+    assert go(engine, tmp_path) == ["a:1", "b:1", "", "", "e:1"]
+    assert engine.calls == [["c", "d"]]
 
 
 def test_no_engine_where_nothing_is_left(tmp_path: Path) -> None:
