@@ -128,10 +128,15 @@ class OutputMissingError(AvrtError):
 
 def of_code(code: str) -> type[AvrtError]:
     """The class of errors with this ``failure.code``; ``AvrtError`` itself where there is none."""
+    return next((kind for kind in _kinds(AvrtError) if kind.code == code), AvrtError)
 
-    def classes(kind: type[AvrtError]) -> Iterator[type[AvrtError]]:
-        yield kind
-        for each in kind.__subclasses__():
-            yield from classes(each)
 
-    return next((kind for kind in classes(AvrtError) if kind.code == code), AvrtError)
+def of_exit_code(exit_code: int) -> type[AvrtError]:
+    """The most general class of errors that end a process so; ``AvrtError`` itself where there is none."""
+    return next((kind for kind in _kinds(AvrtError) if kind.exit_code == exit_code), AvrtError)
+
+
+def _kinds(kind: type[AvrtError]) -> Iterator[type[AvrtError]]:
+    yield kind
+    for each in kind.__subclasses__():
+        yield from _kinds(each)

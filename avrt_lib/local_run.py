@@ -22,7 +22,7 @@ from typing import Any
 import avrt_lib
 from avrt_lib import tracking
 from avrt_lib.config import Config
-from avrt_lib.errors import AvrtError, EnvironmentProblem, OutputMissingError, of_code
+from avrt_lib.errors import AvrtError, EnvironmentProblem, OutputMissingError, of_code, of_exit_code
 from avrt_lib.report import summary as summaries
 from avrt_lib.run_processes import kill_marked, stop_marked
 from avrt_lib.run_signals import Interrupted, signals_raise
@@ -169,14 +169,17 @@ def compile_to(config_file: Path, output: Path, environment: dict[str, str] | No
     """Compile the pipeline of a configuration file in a process of its own.
 
     Raises:
-        EnvironmentProblem: where compilation failed; the message holds its last line.
+        AvrtError: where compilation failed, of the class that the process's exit code tells; the message holds its
+            last line.
+        EnvironmentProblem: where a signal ended it.
     """
     environment = dict(environment or os.environ)
     command = _module(environment, "pipelines.compile", str(config_file), str(output), *options)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise EnvironmentProblem(f"The pipeline could not be compiled: {last}")
+        kind = of_exit_code(done.returncode) if done.returncode > 0 else EnvironmentProblem
+        raise kind(f"The pipeline could not be compiled: {last}")
 
 
 def _pipeline(

@@ -45,6 +45,7 @@ def _without_debug(monkeypatch: pytest.MonkeyPatch) -> None:
         (["run", "--resume", "nope"], 2, "There is no run 'nope'"),
         (["run", "--runs-dir", "/tmp/python3/runs"], 2, "'python3'"),
         (["compile", "--output", "p.json"], 2, "must end in .yaml"),
+        (["compile", "--pipeline", "nope"], 2, "invalid choice: 'nope'"),
         (["step", "nope"], 2, "There is no step 'nope'"),
         (["step", "merger", "--input", "samples=/nonexistent"], 2, "no such folder"),
         (["step", "ingest"], 2, "--output samples=…"),
