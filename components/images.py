@@ -43,10 +43,19 @@ def built(path: Path = BUILT, *, registry: str | None = None, variant: str | Non
         None where nothing was built.
 
     Raises:
-        ConfigError: where an image is missing in the file, or another variant was built.
+        ConfigError: where the file is damaged, an image is missing in it, or another variant was built.
     """
     if not path.exists():
         return None
+    try:
+        return _read(path, registry, variant)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}): remove it, then make images"
+        ) from error
+
+
+def _read(path: Path, registry: str | None, variant: str | None) -> Images:
     entries = json.loads(path.read_text(encoding="utf-8"))["images"]
     found = {}
     for name in ("pipeline", "train", "vllm"):

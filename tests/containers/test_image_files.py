@@ -171,6 +171,13 @@ def test_without_a_build_there_are_no_built_images(tmp_path: Path) -> None:
     assert Images() == DEFAULT
 
 
+@pytest.mark.parametrize("text", ["", '{"images": {"pipeline": {"na', "[]", "{}", '{"images": {"pipeline": {}}}'])
+def test_a_damaged_manifest_is_one_line_with_the_mend(tmp_path: Path, text: str) -> None:
+    (tmp_path / "images.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"images\.json is damaged \(.*\): remove it, then make images"):
+        built_images(tmp_path / "images.json", registry="registry.example.com", variant="cpu")
+
+
 def test_built_images_are_named_by_content(manifest: Path) -> None:
     found = built_images(manifest)
     assert found == Images(*(f"avrt/{image}:{__version__}-0123456789ab" for image in IMAGES))
