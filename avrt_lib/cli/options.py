@@ -8,6 +8,7 @@ from typing import Any
 import avrt_lib
 from avrt_lib.config import Config, load, parse_set
 from avrt_lib.errors import ConfigError, UsageError
+from avrt_lib.licences import loaded_models
 from avrt_lib.runs import RunFolder, sources
 
 DEFAULT_CONFIG = Path("configs/miniature.yaml")
@@ -64,7 +65,7 @@ def dataset_overrides(items: list[str]) -> dict[str, Any]:
         if split in found:
             what = f"for {split} " if split != "all" else "without a split "
             raise UsageError(f"--dataset is given twice {what}: give train=, validation= and test= once each.")
-        found[split] = {"format": form, "path": str(Path(place).expanduser().absolute())}
+        found[split] = {"format": form, "path": _absolute(place)}
     if not found:
         return {}
     if "all" in found:
@@ -89,17 +90,23 @@ def overrides(
 
 
 def resolve(path: Path, changes: dict[str, Any]) -> Config:
-    """Load a configuration with overrides, its paths made absolute.
+    """Load a configuration with overrides, its paths of data and models made absolute from the working folder.
 
     Raises:
         ConfigError: where it is not valid, or mixes rendered clips with a data set that was named for other splits.
     """
     config = load(path, changes)
-    absolute = {
-        f"data.{name}.path": str(Path(source.path).expanduser().absolute())
+    absolute: dict[str, Any] = {
+        f"data.{name}.path": _absolute(source.path)
         for name, source in sources(config).items()
         if source.path is not None
     }
+    folders = {key: part.model for key, part in loaded_models(config).items() if ":" not in part.model}
+    absolute |= {f"{key}.model": _absolute(folder) for key, folder in folders.items()}
+    if folders:  # a licence may be accepted by the reference as it was given
+        absolute["accepted_licences"] = [
+            _absolute(model) if model in folders.values() else model for model in config.accepted_licences
+        ]
     named = {key.removeprefix("data.") for key in changes if key in {f"data.{split}" for split in SPLITS}}
     left = [split for split, source in sources(config).items() if split not in named and source.format == "miniature"]
     if named and left and config.data.all is None:
@@ -109,6 +116,10 @@ def resolve(path: Path, changes: dict[str, Any]) -> Config:
             f"the miniature: give {wanted} too, or one data set to be split."
         )
     return load(path, changes | absolute) if absolute else config
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def resumed(folder: RunFolder, path: Path | None, changes: dict[str, Any]) -> Config:

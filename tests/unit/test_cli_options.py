@@ -82,6 +82,19 @@ def test_a_relative_data_set_is_made_absolute(monkeypatch: pytest.MonkeyPatch, t
     assert dataset_overrides(["avqa:data"])["data.all"]["path"] == str(tmp_path / "data")
 
 
+def test_a_run_with_a_relative_model_folder_goes_on_from_any_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes = {"student.model": "models/own", "accepted_licences": ["models/own", "org/other"]}
+    folder = runs.create(tmp_path / "runs", resolve(MINIATURE, changes))
+    monkeypatch.chdir(ROOT)
+    config = resumed(folder, None, {})
+    assert config.student.model == str(tmp_path / "models/own")
+    assert config.accepted_licences == [str(tmp_path / "models/own"), "org/other"]
+    assert config.merger.engine.model == "builtin:merger"
+
+
 def test_set_has_the_last_word() -> None:
     config = resolve(MINIATURE, _changes(unfiltered=True, seed=4, settings=["merger.keep=both", "grpo.max_steps=7"]))
     assert (config.merger.keep, config.grpo.max_steps, config.seed) == ("both", 7, 4)
