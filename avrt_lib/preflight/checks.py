@@ -161,8 +161,8 @@ def free_port(port: int) -> Check:
 
     try:
         require_free(port)
-    except AvrtError:
-        return Check("Port", WARNING, f"{port} is in use", f"choose another one: avrt serve --port {port + 1}")
+    except AvrtError as error:
+        return Check("Port", WARNING, str(error).rstrip("."), "avrt serve --port NUMBER takes another one")
     return Check("Port", OK, f"{port} is free")
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import http.server
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +35,22 @@ def test_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, free: float, stat
     check = checks.disk(tmp_path / "not" / "yet" / "there")
     assert check.status == status
     assert str(tmp_path) in check.found
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EADDRINUSE, "Address already in use"), "Port 8000 on 127.0.0.1 is taken"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be listened on (Permission denied)"),
+    ],
+)
+def test_why_a_port_cannot_be_listened_on_is_said(monkeypatch: pytest.MonkeyPatch, error: OSError, said: str) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+    check = checks.free_port(8000)
+    assert (check.status, said in check.found) == ("warning", True), check.found
 
 
 @pytest.mark.parametrize(("required", "status"), [(True, "failed"), (False, "warning")])
