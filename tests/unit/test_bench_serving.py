@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from avrt_lib.config import StudentConfig
 from avrt_lib.errors import ServingError
 from avrt_lib.serving import launcher
 from benchmarks import serving
+
+ROOT = Path(__file__).parents[2]
 
 
 def result(speed: float, latencies: list[float], **more: Any) -> dict[str, Any]:
@@ -94,3 +97,27 @@ def test_the_bare_server_computes_what_ours_computes(tmp_path: Path, monkeypatch
     environment = serving.bare_environment(student)
     assert not {"VLLM_API_KEY", "TORCHDYNAMO_DISABLE"} & set(environment)
     assert environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+
+
+def test_it_ends_with_one_line_where_vllm_takes_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    platforms = pytest.importorskip("vllm.platforms")
+    monkeypatch.setattr(platforms.current_platform, "is_cpu", lambda: False)
+    monkeypatch.setattr("sys.argv", ["serving.py"])
+    with pytest.raises(SystemExit) as ended:
+        serving.main()
+    assert ended.value.code == serving.NOT_HERE
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("code", "ended"), [(serving.NOT_HERE, 0), (1, 2)])
+def test_make_bench_goes_on_after_a_benchmark_that_cannot_run_here(tmp_path: Path, code: int, ended: int) -> None:
+    """Make ends with 2 where a command of its failed."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/started\ncase "$1" in *serving.py) exit {code};; esac\n')
+    python.chmod(0o755)
+    done = subprocess.run(["make", "-o", "setup", "bench", f"BIN={tmp_path}"], cwd=ROOT, capture_output=True)
+    scripts = sorted(f"benchmarks/{path.name}" for path in (ROOT / "benchmarks").glob("*.py"))
+    assert done.returncode == ended, done.stderr
+    assert (tmp_path / "started").read_text().split() == (scripts[:1] if ended else scripts)
