@@ -66,6 +66,17 @@ def connect(access: Access, profile: Profile | None) -> Backend:
         UsageError: where no address is known, or a named variable is empty.
         EnvironmentProblem: where nothing answers, or it does not let us in.
     """
+    backend = addressed(access, profile)
+    backend.greet()
+    return backend
+
+
+def addressed(access: Access, profile: Profile | None) -> Backend:
+    """The backend as ``connect`` would reach it, but nothing is sent yet: ``Backend.greet`` does that.
+
+    Raises:
+        UsageError: where no address is known, or a named variable is empty.
+    """
     namespace = access.namespace or (profile.pipelines.namespace if profile else "kubeflow")
     host = access.host or (profile.pipelines.host if profile else None) or os.environ.get("KFP_ENDPOINT")
     if not host and _SERVICE_ACCOUNT.exists():
@@ -76,9 +87,8 @@ def connect(access: Access, profile: Profile | None) -> Backend:
             "profile, or KFP_ENDPOINT."
         )
     _check_address(host)
-    backend = Backend(host, token=_variable(access.token_env, "token"), cookie=_variable(access.cookie_env, "cookie"))
-    backend.greet(namespace)
-    return backend
+    token, cookie = _variable(access.token_env, "token"), _variable(access.cookie_env, "cookie")
+    return Backend(host, namespace, token=token, cookie=cookie)
 
 
 def _check_address(host: str) -> None:
@@ -112,13 +122,14 @@ class Backend:
 
     Args:
         host: the address.
+        namespace: where the runs' pods are.
         token: a bearer token.
         cookie: a session cookie.
     """
 
-    def __init__(self, host: str, *, token: str | None = None, cookie: str | None = None) -> None:
+    def __init__(self, host: str, namespace: str, *, token: str | None = None, cookie: str | None = None) -> None:
         self.host = host.rstrip("/")
-        self.namespace = "kubeflow"
+        self.namespace = namespace
         self._multi_user = False
         configuration = kfp_server_api.Configuration(host=self.host)
         configuration.retries = False  # ours tell reads from writes
@@ -141,7 +152,7 @@ class Backend:
         self._uploads = kfp_server_api.PipelineUploadServiceApi(self._client)
         self._schedules = kfp_server_api.RecurringRunServiceApi(self._client)
 
-    def greet(self, namespace: str) -> None:
+    def greet(self) -> None:
         """Check that this is a backend that lets us in, and learn whether its users have namespaces of their own."""
         health = kfp_server_api.HealthzServiceApi(self._client)
         answer = self._call("Reaching the backend", health.healthz_service_get_healthz, _preload_content=False)
@@ -152,7 +163,6 @@ class Backend:
                 f"{self.host} answers, but not as the API of Kubeflow Pipelines: give --host the address of its "
                 "ml-pipeline service or of the gateway's /pipeline."
             ) from error
-        self.namespace = namespace
 
     @property
     def user_namespace(self) -> str | None:

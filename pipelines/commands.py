@@ -144,11 +144,13 @@ def submit(
     as for a run on this machine. Ctrl-C asks whether to end the run or leave it.
     """
     from pipelines import submission
+    from pipelines.backend import Access, addressed
 
     order, profile = _order(config, cluster, settings, pipeline, traces, no_cache)
+    backend = addressed(Access(host, namespace, token_env, cookie_env), profile)  # before the checks, which may wait
     if not no_checks:
         _check(order, profile)
-    backend = _connect(host, namespace, token_env, cookie_env, profile)
+    backend.greet()
     run_id = submission.submit(backend, order, experiment=experiment, run_name=run_name, data_hash=data_hash)
     if detach:
         out.print(run_id)

@@ -217,6 +217,21 @@ def test_what_does_not_come_up_is_told_in_the_end(
     assert not api.runs
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "127.0.0.1:1"], "must start with http"),
+        (["--host", "http://127.0.0.1:1", "--token-env", "NOT_SET"], "NOT_SET, which is not set"),
+    ],
+)
+def test_a_wrong_address_or_token_is_said_before_anything_is_waited_for(
+    looks: list[list[Check]], capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    looks += [[SERVICE], []]
+    code, _, err = avrt(capsys, "submit", "--config", str(MINIATURE), "--cluster", str(TEST), *options)
+    assert (code, said in err, "Waiting for" in err) == (2, True, False), err
+
+
 def test_what_is_submitted_is_what_the_profile_says(api: KfpApi, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = submit(
         capsys, api, "--set", "seed=7", "--set", "deployment.memory=3Gi", "--detach", "--run-name", "x"
