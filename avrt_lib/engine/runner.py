@@ -107,7 +107,7 @@ class _Waiting(Generic[R]):
 
     def __init__(self, writer: TableWriter[R]) -> None:
         self.answered: set[str] = set()
-        self._writer = writer
+        self._writer: TableWriter[R] = writer
         self._chunks: dict[str, tuple[set[str], list[R]]] = {}
         self._refused: dict[str, list[Completion]] = {}
 
