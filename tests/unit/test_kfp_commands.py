@@ -561,12 +561,15 @@ def test_a_deleted_workflow_is_noticed(
     run = api.add_run(spec)
 
     def remove() -> None:
+        deadline = time.monotonic() + 30  # it must have been seen
+        while sum("/workflows" in place for _, place, _ in cluster.requests) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
         cluster.nodes = None
 
-    timer = threading.Timer(0.5, remove)
-    timer.start()
+    remover = threading.Thread(target=remove)
+    remover.start()
     code, _, err = follow(capsys, api, run)
-    timer.join()
+    remover.join()
     assert code == 7
     assert f"avrt cancel {run} --delete" in err
 
