@@ -54,7 +54,8 @@ def run_chunks(
     ``LazyEngine`` is not even built then).
 
     A request that is refused gets a row with its error. Where all of a kind are refused, nobody shall take that for the
-    model's answers: a chunk is committed once each kind in it has an answer, and waits in memory until then.
+    model's answers: a chunk is committed once each kind that was asked in it has an answer, and waits in memory until
+    then.
 
     Args:
         engine: answers the requests; closing it is the caller's.
@@ -93,16 +94,16 @@ def run_chunks(
                 found.update(zip((i for i, _ in requests), answers, strict=True))
                 waiting.note((kinds[i], found[i]) for i, _ in requests)
             _warn([completion for completion in found.values() if completion.error], len(found))
-            waiting.add(key, set(kinds), [make_row(item, found.get(i)) for i, item in enumerate(chunk)])
+            waiting.add(key, {kinds[i] for i in found}, [make_row(item, found.get(i)) for i, item in enumerate(chunk)])
         progress.advance(len(chunk))
     waiting.end(engine.model)
 
 
 class _Waiting(Generic[R]):
-    """Chunks that are not committed yet, as a kind of item in them has no answer so far.
+    """Chunks that are not committed yet, as a kind of item that was asked in them has no answer so far.
 
-    Whatever is committed is thus of kinds that have answers, or of kinds of which nothing was asked: a resumed run sees
-    no more of an earlier one.
+    Whatever is committed is thus of kinds that have answers, or of which nothing was asked: a resumed run sees no more
+    of an earlier one, and takes their kinds for answered.
     """
 
     def __init__(self, writer: TableWriter[R]) -> None:
@@ -120,16 +121,16 @@ class _Waiting(Generic[R]):
                 self._refused.setdefault(kind, []).append(completion)
 
     def add(self, key: str, kinds: set[str], rows: list[R]) -> None:
-        """Commit the chunk, and those before it, as soon as all their kinds have answers."""
+        """Commit the chunk, and those before it, as soon as all kinds that were asked in them have answers."""
         self._chunks[key] = (kinds, rows)
         for ready in [each for each, (needed, _) in self._chunks.items() if needed <= self.answered]:
             self._writer.commit(ready, self._chunks.pop(ready)[1])
 
     def end(self, model: str) -> None:
-        """Commit what is left, which is of kinds that nothing was asked of.
+        """Refuse what is left.
 
         Raises:
-            NothingAnsweredError: where something was, and refused; the message holds the engine's words.
+            NothingAnsweredError: where there are chunks left; the message holds the engine's words.
         """
         for kind, refused in self._refused.items():
             if kind not in self.answered:
@@ -139,8 +140,6 @@ class _Waiting(Generic[R]):
                     "max_model_len or lower data.frames in a new run; where an endpoint is set up wrongly, correct it "
                     "and go on with --resume, which asks them again."
                 )
-        for key, (_, rows) in self._chunks.items():
-            self._writer.commit(key, rows)
 
 
 def _open(item: T, completion: Completion | None, attempt: int, accept: Callable[[T, Completion], bool] | None) -> bool:

@@ -131,6 +131,12 @@ def test_what_a_share_leaves_is_judged_with_all_shares(tmp_path: Path) -> None:
     assert engine.calls == [["c", "d"]]
 
 
+def test_a_kind_of_which_nothing_is_asked_keeps_no_chunk_back(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="gone"):
+        go(Recorder(fail_at=1), tmp_path, ["a", "-", "b", "-"], kind=lambda item: "sight" if item == "-" else "sound")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["part-00000.parquet"]
+
+
 def test_no_engine_where_nothing_is_left(tmp_path: Path) -> None:
     go(Recorder(), tmp_path)
     engine = Recorder()
