@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
@@ -241,11 +241,9 @@ class SftConfig(OptimizerConfig):
     epochs: float = _sourced(1.0, PAPER, gt=0)
     max_steps: int | None = Field(None, ge=1, description="a cap on the steps, whatever the epochs")
     target: Literal["reasoning", "answer"] = Field("reasoning", description="answer: the control without traces")
-    modality_dropout: float = _sourced(
-        0.0, OURS, ge=0, lt=1, description="the share of rows that lose a modality, with the other teacher's reasoning"
-    )
-    modality_dropout_by_type: dict[str, Annotated[float, Field(ge=0, lt=1)]] = _sourced(
-        {}, OURS, description="another share for some question types"
+    modality_dropout: float = _sourced(0.0, OURS, ge=0, lt=1)
+    modality_dropout_types: list[str] | None = _sourced(
+        None, OURS, description="the question types that may lose a modality; all of them if not given"
     )
     modality_dropout_vision_only: float = _sourced(
         0.5, OURS, ge=0, le=1, description="the share of those rows that lose the sound; the others lose the sight"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -89,7 +88,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
         steps * rows_per_step,
         seed=config.seed,
         dropout=section.modality_dropout,
-        dropout_by_type=section.modality_dropout_by_type,
+        dropout_types=section.modality_dropout_types,
         vision_only=section.modality_dropout_vision_only,
         balance=section.type_balance,
     )
@@ -205,7 +204,7 @@ def schedule(
     *,
     seed: int,
     dropout: float,
-    dropout_by_type: Mapping[str, float] = MappingProxyType({}),
+    dropout_types: Sequence[str] | None = None,
     vision_only: float = 0.5,
     balance: float = 0.0,
 ) -> list[tuple[int, str]]:
@@ -220,8 +219,8 @@ def schedule(
         count: rows of the whole run.
         seed: of the order and the dropout.
         dropout: the share of rows that lose a modality, where they have a target for the other.
-        dropout_by_type: another share for some question types. A teacher that was right about a question that needs
-            the other modality too has guessed, which is little to learn from.
+        dropout_types: the question types whose rows may lose one; None: all. A teacher that was right about a question
+            that needs both modalities has guessed, which is nothing to learn.
         vision_only: how often it is the sound that is taken away, and not the sight.
         balance: how far the question types are evened out (ours; the filter keeps few of the types that one modality
             cannot answer): a type of n rows gets a share of an epoch in proportion to n ** (1 - balance), so that above
@@ -244,9 +243,10 @@ def schedule(
         indices = [index for name, share in shares.items() for index in islice(streams[name], share)]
         draw.shuffle(indices)
         for index in indices:
-            dropped = draw.random() < dropout_by_type.get(examples[index].sample.question_type, dropout)
+            dropped = draw.random() < dropout
             condition = "vision_only" if draw.random() < vision_only else "audio_only"
-            usable = dropped and condition in examples[index].targets
+            may_drop = dropout_types is None or examples[index].sample.question_type in dropout_types
+            usable = dropped and may_drop and condition in examples[index].targets
             order.append((index, condition if usable else "av"))
         epoch += 1
     return order[:count]
