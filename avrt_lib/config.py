@@ -6,15 +6,17 @@ correction`` or ``ours``); ``avrt fidelity`` prints the table.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic_core import ErrorDetails
 
 from avrt_lib.errors import ConfigError
 
@@ -226,7 +228,10 @@ class OptimizerConfig(Section):
     save_every_steps: int = Field(50, ge=1)
     logging_every_steps: int = Field(5, ge=1)
     processes: int | None = Field(
-        None, ge=1, description="of one machine; None: one for each visible GPU, and one where there is none"
+        None,
+        ge=1,
+        description="of one machine; None: one for each visible GPU, and one where there is none. Fewer GPUs than this "
+        "share out the same batch",
     )
     threads: int | None = Field(
         None, ge=1, description="CPU threads of a training process; None: its share of the cores"
@@ -294,6 +299,9 @@ class GrpoConfig(OptimizerConfig):
     kl_beta: float = _sourced(0.01, PAPER, ge=0)
     temperature: float = _sourced(1.0, PAPER, gt=0)
     max_completion_tokens: int = _sourced(512, OURS, ge=8)
+    modality_dropout: float = _sourced(
+        0.0, OURS, ge=0, lt=1, description="the share of groups whose question loses its sound or its sight"
+    )
     reward: RewardConfig = Field(default_factory=RewardConfig)
 
 
@@ -552,17 +560,44 @@ def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
     node[last] = value
 
 
-def validation_message(error: ValidationError) -> str:
-    """What pydantic found wrong, as one line that names each key."""
+def validation_message(error: ValidationError, model: type[BaseModel]) -> str:
+    """What pydantic found wrong in a document of this model, as one line that names each key."""
     problems = [
-        f"{'.'.join(map(str, e['loc'])) or '(whole file)'}: {e['msg'].removeprefix('Value error, ')}"
+        f"{'.'.join(map(str, e['loc'])) or '(whole file)'}: {_problem(e, model)}"
         for e in error.errors(include_url=False)
     ]
     return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+
+
+def _problem(error: ErrorDetails, model: type[BaseModel]) -> str:
+    if error["type"] != "extra_forbidden":
+        return error["msg"].removeprefix("Value error, ")
+    *parents, key = error["loc"]
+    known = _keys_of(model, parents)
+    alike = difflib.get_close_matches(str(key), known, n=1)
+    if alike:
+        return f"there is no such key; is {alike[0]} meant?"
+    return "there is no such key" + (f" among {', '.join(sorted(known))}" if known else "")
+
+
+def _keys_of(model: type[BaseModel], parents: Sequence[int | str]) -> list[str]:
+    """The keys of the section to which the parents lead; none where that is not told by the types alone."""
+    for parent in parents:
+        field = model.model_fields.get(str(parent))
+        annotation = field.annotation if field is not None else None
+        sections = [
+            kind
+            for kind in (annotation, *get_args(annotation))
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        if not sections:
+            return []
+        model = sections[0]
+    return list(model.model_fields)
 
 
 def _validated(document: Any, where: str, model: type[S]) -> S:
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {validation_message(error)}.") from error
+        raise ConfigError(f"{where}: {validation_message(error, model)}.") from error

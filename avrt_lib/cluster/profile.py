@@ -331,7 +331,7 @@ def load_profile(path: Path) -> Profile:
     try:
         return Profile.model_validate(document)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {validation_message(error)}.") from error
+        raise ConfigError(f"{path}: {validation_message(error, Profile)}.") from error
 
 
 def profile_of_pod() -> Profile | None:

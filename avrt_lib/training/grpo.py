@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
     encoder = Encoder(learner, config.student)
     reference = student.load(sft_model, config.student, adapters=False).model if section.kl_beta > 0 else None
 
-    completions = section.per_device_batch * section.gradient_accumulation * loop.world_size()
+    completions = section.per_device_batch * loop.accumulation(section) * loop.world_size()
     if completions % section.group_size:
         raise ConfigError(
             f"grpo: {completions} completions a step (per_device_batch x gradient_accumulation x processes) are not "
@@ -100,8 +101,9 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
         generation_kwargs={"suppress_tokens": learner.media_token_ids},
     )
 
-    def encode(row: int) -> Prompt:
-        return encoder.encode(rows[row])
+    def encode(row: int, step: int) -> Prompt:
+        sample = rows[row]
+        return encoder.encode(sample, condition(sample, step, seed=config.seed, dropout=section.modality_dropout))
 
     sink = checkpoints.sink(config, workspace)
     resume = checkpoints.to_go_on_from(folder, sink)
@@ -158,6 +160,18 @@ def read_questions(samples: Path) -> list[Sample]:
     if not rows:
         raise NothingKeptError(f"No training sample in {samples} has a label, so GRPO has nothing to reward.")
     return rows
+
+
+def condition(sample: Sample, step: int, *, seed: int, dropout: float) -> str:
+    """What the prompt of a question holds at a step: ``av``, or with probability ``dropout`` one modality only.
+
+    Ours: policies that always get both forget how to end an answer without one of them. It depends on the arguments
+    alone, so that a group's completions, which may be those of several processes, and a resumed run agree.
+    """
+    draw = random.Random(f"{seed}/{step}/{sample.id}")
+    if draw.random() >= dropout or not sample.frames or sample.audio is None:
+        return "av"
+    return draw.choice(("audio_only", "vision_only"))
 
 
 def dataset(rows: Sequence[Sample], config: Config, *, at_least: int = 1) -> Dataset:

@@ -28,14 +28,16 @@ class AudioVisualGrpoTrainer(GRPOTrainer):
     Rows of the training set need ``prompt`` (unused but for TRL's own logs) and ``row``.
 
     Args:
-        encode: prompt tensors of a row (see ``Encoder.encode``).
+        encode: prompt tensors of a row at a step (see ``Encoder.encode``); the same for all completions of a group.
         reference: the frozen reference policy for ``args.beta`` > 0, whose log-probabilities the KL term compares. It
             is given, since TRL would build one from the model's name, and the full Omni layout names a class that also
             holds the talker.
         keywords: of TRL's trainer.
     """
 
-    def __init__(self, *, encode: Callable[[int], Prompt], reference: torch.nn.Module | None, **keywords: Any) -> None:
+    def __init__(
+        self, *, encode: Callable[[int, int], Prompt], reference: torch.nn.Module | None, **keywords: Any
+    ) -> None:
         self._encode = encode
         self._prompts: Sequence[Prompt] = []
         arguments = keywords["args"]
@@ -55,7 +57,7 @@ class AudioVisualGrpoTrainer(GRPOTrainer):
         return self.accelerator.prepare_model(reference, evaluation_mode=True)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._prompts = [self._encode(row["row"]) for row in inputs]
+        self._prompts = [self._encode(row["row"], self.state.global_step) for row in inputs]
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         output["media"] = list(self._prompts)
         return output

@@ -46,8 +46,10 @@ def launched() -> bool:
 def processes(step: str, config: Config) -> int:
     """How many processes run a training step: as its launcher says, as the configuration asks for, or one for each GPU.
 
+    Where fewer GPUs are visible than that, each of them takes the rows of several processes (``loop.accumulation``).
+
     Raises:
-        ConfigError: where the configuration asks for more than there are GPUs.
+        ConfigError: where the shares would not be equal.
     """
     if launched():
         return int(os.environ.get("WORLD_SIZE", "1"))
@@ -59,10 +61,13 @@ def processes(step: str, config: Config) -> int:
 
     gpus = torch.cuda.device_count()
     if wanted is not None and 0 < gpus < wanted:
-        raise ConfigError(
-            f"{step}.processes is {wanted}, but {gpus} GPUs are visible: ask for {gpus}, and for more "
-            f"{step}.gradient_accumulation where the batch shall stay the same."
-        )
+        if wanted % gpus:
+            raise ConfigError(
+                f"{step}.processes is {wanted}, which {gpus} visible GPUs cannot share equally: ask for {gpus}, and "
+                f"for more {step}.gradient_accumulation where the batch shall stay the same."
+            )
+        log.warning("%s: %d GPUs for %d processes: each takes the rows of %d", step, gpus, wanted, wanted // gpus)
+        return gpus
     return wanted or max(1, gpus)
 
 
@@ -215,6 +220,8 @@ def _step(document: dict[str, Any]) -> int:
     from avrt_lib.steps import run_step
 
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.environ["RANK"] != "0":
+        log.setLevel(logging.WARNING)  # else each step would be said by every process
     try:
         run_step(**document)
     except Exception as error:  # it is in the report and the log

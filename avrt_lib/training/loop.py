@@ -22,6 +22,14 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def accumulation(section: OptimizerConfig) -> int:
+    """Batches that a process puts into one step: more, where there are fewer processes than the configuration asks for.
+
+    So a step holds the same rows on a machine with fewer GPUs.
+    """
+    return section.gradient_accumulation * max(1, (section.processes or 1) // world_size())
+
+
 def steps_for(rows: int, section: OptimizerConfig, *, epochs: float, max_steps: int | None, rows_per_step: int) -> int:
     """Optimizer steps of a run: its epochs, capped by ``max_steps``.
 
@@ -50,7 +58,7 @@ def arguments(
         "output_dir": str(output),
         "max_steps": max_steps,
         "per_device_train_batch_size": section.per_device_batch,
-        "gradient_accumulation_steps": section.gradient_accumulation,
+        "gradient_accumulation_steps": accumulation(section),
         "learning_rate": learning_rate,
         "warmup_steps": min(warmup_steps, max_steps),
         "lr_scheduler_type": section.lr_scheduler,

@@ -79,7 +79,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
     frozen = student.frozen_sha256(learner)
     encoder = Encoder(learner, config.student)
 
-    rows_per_step = section.per_device_batch * section.gradient_accumulation * loop.world_size()
+    rows_per_step = section.per_device_batch * loop.accumulation(section) * loop.world_size()
     steps = loop.steps_for(
         len(examples), section, epochs=section.epochs, max_steps=section.max_steps, rows_per_step=rows_per_step
     )

@@ -16,6 +16,7 @@ import pytest
 
 from avrt_lib.config import Config
 from avrt_lib.models import verify_manifest
+from avrt_lib.records import Sample
 from avrt_lib.steps import run_step
 from avrt_lib.store import LocalObjectServer
 from avrt_lib.workspace import Workspace
@@ -23,6 +24,7 @@ from avrt_lib.workspace import Workspace
 torch = pytest.importorskip("torch")
 
 from avrt_lib.training import checkpoints  # noqa: E402
+from avrt_lib.training.encoding import Encoder  # noqa: E402
 from tests import tiny_models  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,7 +218,7 @@ def test_grpo_told_to_stop_ends_with_the_same_weights_and_no_step_too_many(
     tmp_path: Path, student: Path, data: dict[str, str]
 ) -> None:
     grpo = {"max_steps": 6, "save_every_steps": 2, "per_device_batch": 8, "group_size": 4, "kl_beta": 0.04}
-    config = tiny_models.config(student, grpo={**grpo, "max_completion_tokens": 32})
+    config = tiny_models.config(student, grpo={**grpo, "max_completion_tokens": 32, "modality_dropout": 0.5})
     inputs = {"samples": data["samples"], "sft_model": str(student)}
     undisturbed = {"outputs": {"model": tmp_path / "undisturbed"}, "work": tmp_path / "alone"}
     run_step("grpo", config=config, inputs=inputs, **undisturbed)
@@ -261,6 +263,32 @@ def test_grpo_moves_the_weights_by_groups_whose_rewards_differ(
     assert facts["kl"] is not None
     before, after = tensors(student), tensors(tmp_path / "model")
     assert all(torch.equal(before[n], after[n]) for n in before if n.startswith("thinker.audio_tower"))
+
+
+def test_grpo_takes_a_modality_from_all_completions_of_a_group(
+    tmp_path: Path, student: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[tuple[str, str]] = []
+
+    def spy(self: Encoder, sample: Sample, condition: str = "av") -> dict[str, torch.Tensor]:
+        encoded.append((sample.id, condition))
+        return encode(self, sample, condition)
+
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", spy)
+    grpo = {"max_steps": 4, "group_size": 4, "per_device_batch": 16, "modality_dropout": 0.5}
+    facts = run_step(
+        "grpo",
+        config=tiny_models.config(student, grpo={**grpo, "max_completion_tokens": 8}),
+        inputs={"samples": data["samples"], "sft_model": student},
+        outputs={"model": tmp_path / "model"},
+        work=tmp_path / "work",
+    )
+    assert facts["steps"] == 4
+    assert len(encoded) == 4 * 16
+    groups = [set(encoded[start : start + 4]) for start in range(0, len(encoded), 4)]
+    assert [len(group) for group in groups] == [1] * 16
+    assert {condition for _, condition in encoded} == {"av", "audio_only", "vision_only"}
 
 
 @pytest.mark.slow

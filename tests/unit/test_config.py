@@ -52,3 +52,18 @@ def test_a_key_of_a_section_that_a_run_wrote_as_null_can_be_set(tmp_path: Path) 
     assert changed.student.lora.rank == 8
     with pytest.raises(ConfigError, match="seed is a value, not a section"):
         load(tmp_path / "config.yaml", {"seed.x": 1})
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("grpo.maxsteps", r"grpo\.maxsteps: there is no such key; is max_steps meant\?"),
+        ("grop.max_steps", r"grop: there is no such key; is grpo meant\?"),
+        ("grpo.reward.length_mean", r"grpo\.reward\.length_mean: there is no such key; is length_mean_words meant\?"),
+        ("evaluation.endpoint", r"evaluation\.endpoint: Input should be"),
+        ("store.qqq", r"store\.qqq: there is no such key among .*bucket"),
+    ],
+)
+def test_a_key_that_is_not_known_is_told_what_is(key: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load(MINIATURE, {key: 3})

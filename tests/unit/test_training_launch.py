@@ -11,7 +11,7 @@ from tests import tiny_models
 
 torch = pytest.importorskip("torch")
 
-from avrt_lib.training import launch  # noqa: E402
+from avrt_lib.training import launch, loop  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +31,32 @@ def test_one_process_for_each_gpu_unless_the_configuration_says_how_many(
     assert launch.processes("grpo", config) == started
 
 
-def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(ConfigError, match=r"sft\.processes is 8, but 4 GPUs.* sft\.gradient_accumulation"):
+@pytest.mark.parametrize(("gpus", "started", "batches"), [(0, 8, 3), (1, 1, 24), (4, 4, 6), (8, 8, 3)])
+def test_fewer_gpus_than_processes_share_out_the_same_step(
+    gpus: int, started: int, batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    config = tiny_models.config(tmp_path, sft={"processes": 8, "gradient_accumulation": 3})
+    assert launch.processes("sft", config) == started
+    monkeypatch.setenv("WORLD_SIZE", str(started))
+    assert loop.accumulation(config.sft) == batches
+
+
+def test_processes_that_the_gpus_cannot_share_equally_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with pytest.raises(ConfigError, match=r"sft\.processes is 8, which 3 visible GPUs.* sft\.gradient_accumulation"):
         launch.processes("sft", tiny_models.config(tmp_path, sft={"processes": 8}))
+
+
+@pytest.mark.parametrize("asked", [None, 1, 8])
+def test_more_processes_than_asked_for_each_take_what_is_configured(
+    asked: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    config = tiny_models.config(tmp_path, sft={"processes": asked, "gradient_accumulation": 3})
+    assert loop.accumulation(config.sft) == 3
 
 
 def test_a_launcher_that_is_there_already_says_how_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
