@@ -59,7 +59,7 @@ def processes(step: str, config: Config) -> int:
         return 1
     import torch
 
-    gpus = torch.cuda.device_count()
+    gpus: int = torch.cuda.device_count()
     if wanted is not None and 0 < gpus < wanted:
         if wanted % gpus:
             raise ConfigError(
