@@ -262,9 +262,6 @@ class SftConfig(OptimizerConfig):
         0.0, OURS, ge=0, lt=1, description="… and only where every common question type is at least this accurate"
     )
     validate_every_steps: int = _sourced(10, OURS, ge=1)
-    validate_from_step: int = _sourced(
-        1, OURS, ge=1, description="no validation before this step; one that overshoots goes back to the start"
-    )
     validation_samples: int = Field(128, ge=1)
 
     @model_validator(mode="after")

@@ -61,7 +61,7 @@ class StopRule(TrainerCallback):
         self.history: list[dict[str, float]] = []
         self.outcome: str | None = None
         self.interval = config.validate_every_steps
-        self.next_step = max(self.interval, config.validate_from_step)
+        self.next_step = self.interval
         self.retreats = 0
         self.snapshot: dict[str, Any] | None = None
 

@@ -36,7 +36,6 @@ BUDGET = {
     "sft.warmup_steps": 0,
     "sft.per_device_batch": 8,
     "sft.validate_every_steps": 3,
-    "sft.validate_from_step": 1,
     "sft.validation_samples": 16,
     "grpo.max_steps": 2,
     "grpo.per_device_batch": 16,

@@ -153,11 +153,3 @@ def test_weights_that_were_never_validated_are_validated_for_the_report() -> Non
     run.until_stop(4)
     assert run.model.weight.item() == pytest.approx(0.0)
     assert sft.reached(run.rule, lambda: (0.25, 0.0)) == 0.25
-
-
-def test_nothing_is_validated_before_the_first_step_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(globals(), "BAND", BAND.model_copy(update={"validate_from_step": 10}))
-    run = Run([0.3, 0.7])
-    stopped = [run.step() for _ in range(14)]
-    assert stopped.index(True) == 13
-    assert [entry["step"] for entry in run.rule.history] == [10, 14]
