@@ -10,13 +10,12 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
-from pydantic_core import ErrorDetails
 
 from avrt_lib.errors import ConfigError
 
@@ -569,7 +568,7 @@ def validation_message(error: ValidationError, model: type[BaseModel]) -> str:
     return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
 
 
-def _problem(error: ErrorDetails, model: type[BaseModel]) -> str:
+def _problem(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     if error["type"] != "extra_forbidden":
         return error["msg"].removeprefix("Value error, ")
     *parents, key = error["loc"]
