@@ -100,9 +100,10 @@ def _gpus(config: Config, profile: Profile) -> Iterator[Check]:
         offered = profile.pools[role].gpus
         key = "processes" if name in training else "tensor_parallel_size"
         if gpus > offered:
+            shared = name in training and offered > 0 and gpus % offered == 0  # each GPU takes the rows of several
             yield Check(
                 f"GPUs {name}",
-                FAILED,
+                WARNING if shared else FAILED,
                 f"it runs on {gpus}, but a pod of pools.{role} gets {offered}",
                 f"set pools.{role}.gpus to {gpus}" + (f", or {name}.{key} lower" if gpus > 1 else ""),
             )
