@@ -570,7 +570,7 @@ def validation_message(error: ValidationError, model: type[BaseModel]) -> str:
 
 def _problem(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     if error["type"] != "extra_forbidden":
-        return error["msg"].removeprefix("Value error, ")
+        return str(error["msg"]).removeprefix("Value error, ")
     *parents, key = error["loc"]
     known = _keys_of(model, parents)
     alike = difflib.get_close_matches(str(key), known, n=1)
