@@ -575,7 +575,7 @@ def _problem(error: Mapping[str, Any], model: type[BaseModel]) -> str:
     known = _keys_of(model, parents)
     alike = difflib.get_close_matches(str(key), known, n=1)
     if alike:
-        return f"there is no such key; is {alike[0]} meant?"
+        return f"there is no such key; {alike[0]} may be meant"
     return "there is no such key" + (f" among {', '.join(sorted(known))}" if known else "")
 
 
