@@ -45,6 +45,7 @@ def compile_pipeline(
         kubernetes: write ``Pipeline`` and ``PipelineVersion`` objects instead, for a backend that keeps its pipelines
             in Kubernetes.
     """
+    config = for_pipeline(config, pipeline)
     options = Options(config, images or DEFAULT, cluster, data_hash)
     manifest: dict[str, Any] = {}
     if kubernetes:
@@ -66,6 +67,13 @@ def compile_pipeline(
         with ThreadPoolExecutor(1) as thread:
             thread.submit(_compile, pipeline, options, written, manifest).result()
         written.replace(temporary)
+
+
+def for_pipeline(config: Config, pipeline: str) -> Config:
+    """The configuration as this pipeline needs it: one that deploys nothing asks for no place to deploy to."""
+    if "deployment" in importlib.import_module(f"pipelines.{pipeline}").COMPONENTS:
+        return config
+    return config.model_copy(update={"deployment": config.deployment.model_copy(update={"target": "local"})})
 
 
 def _compile(pipeline: str, options: Options, written: Path, manifest: dict[str, Any]) -> None:

@@ -69,10 +69,18 @@ class Built:
 
 
 def read_manifest(path: Path = MANIFEST) -> dict[str, Built]:
-    """What was built before; empty where nothing was."""
+    """What was built before; empty where nothing was.
+
+    Raises:
+        BuildError: where the file is damaged.
+    """
     if not path.exists():
         return {}
-    return {key: Built(**entry) for key, entry in json.loads(path.read_text(encoding="utf-8"))["images"].items()}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["images"]
+        return {key: Built(**entry) for key, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BuildError(f"{path} is damaged ({error}): remove it, and run make images again.") from error
 
 
 def write_manifest(built: dict[str, Built], path: Path = MANIFEST) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from avrt_lib.preflight.objects import MAKES_SECRETS
+
 Object = dict[str, Any]
 
 #: By namespace that is not ours, what may stand there: permissions for its own pods, secrets for them, Applications.
@@ -22,8 +24,6 @@ FOREIGN = {
 FOREIGN_ACCOUNTS = {("kubeflow", "pipeline-runner")}
 #: Our own images, by the end of their name: the registry in front differs.
 OWN_IMAGES = ("avrt/pipeline", "avrt/train", "avrt/vllm")
-#: Names the secrets that a Job makes: NAMESPACE/NAME, separated by blanks.
-MAKES_SECRETS = "avrt/makes-secrets"
 CORE_GROUPS = {
     "",
     "apps",

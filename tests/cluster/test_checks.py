@@ -18,7 +18,7 @@ from avrt_lib.config import Config, load
 from avrt_lib.preflight import services
 from avrt_lib.preflight.checks import Check
 from avrt_lib.preflight.cluster import cluster_checks
-from scripts.manifest_policies import MAKES_SECRETS
+from avrt_lib.preflight.objects import MAKES_SECRETS
 from tests.cluster import gateway
 from tests.cluster.simulated import wait_for
 from tests.kubeconfig import write_account_kubeconfig, write_kubeconfig

@@ -176,6 +176,8 @@ def test_a_damaged_manifest_is_one_line_with_the_mend(tmp_path: Path, text: str)
     (tmp_path / "images.json").write_text(text)
     with pytest.raises(ConfigError, match=r"images\.json is damaged \(.*\): remove it, then make images"):
         built_images(tmp_path / "images.json", registry="registry.example.com", variant="cpu")
+    with pytest.raises(images.BuildError, match=r"images\.json is damaged \(.*\): remove it, and run make images"):
+        images.read_manifest(tmp_path / "images.json")
 
 
 def test_built_images_are_named_by_content(manifest: Path) -> None:

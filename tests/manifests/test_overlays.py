@@ -17,9 +17,9 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from avrt_lib.cluster import credentials
 from avrt_lib.cluster.profile import load_profile
 from avrt_lib.config import load
+from avrt_lib.preflight.objects import MAKES_SECRETS
 from scripts import manifests
 from scripts.manifest_policies import (
-    MAKES_SECRETS,
     OWN_IMAGES,
     Build,
     containers,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from avrt_lib.preflight.objects import MAKES_SECRETS
 from scripts import manifest_policies as policies
 from scripts.manifest_policies import Build, Object
 
@@ -57,7 +58,7 @@ def deployment() -> Object:
 def around() -> list[Object]:
     """What the Deployment needs beside it."""
     job = {"kind": "Job", "apiVersion": "batch/v1", "spec": {"template": {"spec": pod_of(deployment())}}}
-    job["metadata"] = {"name": "maker", "namespace": "avrt", "annotations": {policies.MAKES_SECRETS: "avrt/key"}}
+    job["metadata"] = {"name": "maker", "namespace": "avrt", "annotations": {MAKES_SECRETS: "avrt/key"}}
     return [
         {
             "apiVersion": "v1",

@@ -58,6 +58,20 @@ def test_each_pipeline_has_its_steps(tmp_path: Path, pipeline: str, cluster: str
     assert set(STEPS_OF) == set(PIPELINES)
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "target"), [("avrt", "kserve"), ("train", "kserve"), ("data", "local"), ("evaluate", "local")]
+)
+def test_preflight_asks_for_a_place_to_deploy_to_only_where_the_pipeline_deploys(
+    tmp_path: Path, pipeline: str, target: str
+) -> None:
+    config = load(MINIATURE, {"deployment.target": "kserve", "deployment.namespace": "team"})
+    compile_pipeline(config, tmp_path / "p.yaml", pipeline=pipeline)
+    document = yaml.safe_load((tmp_path / "p.yaml").read_text(encoding="utf-8"))
+    task = document["root"]["dag"]["tasks"]["preflight"]
+    given = from_json(task["inputs"]["parameters"]["config"]["runtimeValue"]["constant"])
+    assert (given.deployment.target, given.deployment.namespace) == (target, "team")
+
+
 def test_every_step_is_in_some_pipeline() -> None:
     assert {step for steps in STEPS_OF.values() for step in steps} | {"run_summary"} == set(STEPS)
 

@@ -1,4 +1,4 @@
-"""The configuration of a run: one YAML file, strict, with units in the names.
+"""The sections of a run's configuration: strict, with units in the names, and the rules within each of them.
 
 Defaults are the paper's numbers where it gives them. Each such field carries its source (``paper``, ``authors'
 correction`` or ``ours``); ``avrt fidelity`` prints the table.
@@ -6,18 +6,13 @@ correction`` or ``ours``); ``avrt fidelity`` prints the table.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from collections.abc import Collection
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
-
-from avrt_lib.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PAPER = "paper"
 CORRECTION = "authors' correction"
@@ -25,9 +20,7 @@ OURS = "ours"
 
 #: A model of a hub by its id: ``hub:ORG/NAME``, or ``hub:ORG/NAME/ADAPTER`` for an adapter of it that is merged in.
 HUB = "hub:"
-#: Beside the configuration files: which commit of each hub model is meant, and where its files lie (``avrt models``).
-MODELS_LOCK = "models.lock"
-_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 #: What git may be sent to; it would run a program for ``ext::``, and take a leading dash for an option.
 _GIT_ADDRESS = re.compile(r"(https://|ssh://|file:///|/|[\w.-]+@[\w.-]+:)[^\s]+$")
 _PASSWORD = re.compile(r"\w+://[^/@]*:[^/@]*@|https://[^/]*@")
@@ -43,9 +36,6 @@ class Section(BaseModel):
     """A part of the configuration: no unknown keys, no changes after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-S = TypeVar("S", bound=Section)
 
 
 class SourceConfig(Section):
@@ -99,7 +89,7 @@ def _check_remote_code(model: str, revision: str | None) -> None:
             f"trust_remote_code: {model} is no folder and no s3:// address; code is never run from a hub: use "
             "`avrt models pull` or `avrt models prepare`"
         )
-    if revision is None or not _COMMIT.fullmatch(revision):
+    if revision is None or not COMMIT.fullmatch(revision):
         raise ValueError(
             "trust_remote_code runs the model's own Python: pin it by revision (the commit's full hash, which "
             "`avrt models` writes into models.lock), or set trust_remote_code: false"
@@ -464,139 +454,3 @@ class Config(Section):
     def sha256(self) -> str:
         """Hash of the configuration's JSON text."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-def from_json(text: str) -> Config:
-    """Read back what ``Config.to_json`` wrote, of a whole configuration or of a part."""
-    document, where = json.loads(text), "the configuration parameter"
-    fields = {name: (field.annotation, field) for name, field in Config.model_fields.items() if name in document}
-    if len(fields) == len(Config.model_fields):
-        return _validated(document, where, Config)
-    part = _validated(document, where, create_model("Part", __base__=Section, **fields))  # type: ignore[call-overload]
-    return Config.model_construct(**vars(part)).part(fields)
-
-
-def load(path: Path, overrides: dict[str, Any] | None = None, *, pinned: bool = True) -> Config:
-    """Load a configuration file, apply dotted overrides, and pin hub models by the lock file beside it.
-
-    Args:
-        path: the YAML file.
-        overrides: ``{"grpo.learning_rate": 1e-4, …}``; values as YAML would read them.
-        pinned: False leaves hub models as the file names them.
-
-    Raises:
-        ConfigError: the message names the file, the key and the mend.
-    """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no configuration file {path}: name one with --config.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, not {type(document).__name__}.")
-    for dotted, value in (overrides or {}).items():
-        _assign(document, dotted, value)
-    if pinned:
-        _pin_models(document, path.parent / MODELS_LOCK)
-    return _validated(document, str(path), Config)
-
-
-def _pin_models(document: dict[str, Any], lock: Path) -> None:
-    """Put the commit and the address that a lock file gives in the place of each hub model that it knows."""
-    if not lock.is_file():
-        return
-    try:
-        entries = json.loads(lock.read_text(encoding="utf-8"))
-        pinned = {str(name): (entry["model"], entry["revision"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{lock} is damaged ({error}): remove it, and run `avrt models pull` again.") from error
-    for dotted in ("teachers.vision.engine", "teachers.audio.engine", "merger.engine", "student"):
-        section: Any = document
-        for key in dotted.split("."):
-            section = section.get(key) if isinstance(section, dict) else None
-        name = section.get("model") if isinstance(section, dict) else None
-        if not isinstance(name, str) or name.removeprefix(HUB) not in pinned or not name.startswith(HUB):
-            continue
-        model, revision = pinned[name.removeprefix(HUB)]
-        wanted = section.get("revision")
-        if isinstance(wanted, str) and _COMMIT.fullmatch(wanted) and wanted != revision:
-            raise ConfigError(
-                f"{dotted}.revision is {wanted}, but {lock} has {revision}: run `avrt models pull` again, or correct "
-                "one of them."
-            )
-        section.update(model=model, revision=revision)
-
-
-def parse_set(items: list[str]) -> dict[str, Any]:
-    """Turn ``["grpo.max_steps=20", …]`` into overrides; values are read as YAML.
-
-    Raises:
-        ConfigError: where an item has no ``=``.
-    """
-    overrides: dict[str, Any] = {}
-    for item in items:
-        key, separator, value = item.partition("=")
-        if not separator or not key.strip():
-            raise ConfigError(f"--set takes section.key=value, not {item!r}.")
-        try:
-            overrides[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: the value {value!r} is not valid YAML.") from error
-    return overrides
-
-
-def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    node = document
-    for parent in parents:
-        child = node.get(parent)
-        if child is None:  # also where the file says null, as the configuration of a run does of what is not set
-            child = node[parent] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {dotted}: {parent} is a value, not a section.")
-        node = child
-    node[last] = value
-
-
-def validation_message(error: ValidationError, model: type[BaseModel]) -> str:
-    """What pydantic found wrong in a document of this model, as one line that names each key."""
-    problems = [
-        f"{'.'.join(map(str, e['loc'])) or '(whole file)'}: {_problem(e, model)}"
-        for e in error.errors(include_url=False)
-    ]
-    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-
-
-def _problem(error: Mapping[str, Any], model: type[BaseModel]) -> str:
-    if error["type"] != "extra_forbidden":
-        return str(error["msg"]).removeprefix("Value error, ")
-    *parents, key = error["loc"]
-    known = _keys_of(model, parents)
-    alike = difflib.get_close_matches(str(key), known, n=1)
-    if alike:
-        return f"there is no such key; {alike[0]} may be meant"
-    return "there is no such key" + (f" among {', '.join(sorted(known))}" if known else "")
-
-
-def _keys_of(model: type[BaseModel], parents: Sequence[int | str]) -> list[str]:
-    """The keys of the section to which the parents lead; none where that is not told by the types alone."""
-    for parent in parents:
-        field = model.model_fields.get(str(parent))
-        annotation = field.annotation if field is not None else None
-        sections = [
-            kind
-            for kind in (annotation, *get_args(annotation))
-            if isinstance(kind, type) and issubclass(kind, BaseModel)
-        ]
-        if not sections:
-            return []
-        model = sections[0]
-    return list(model.model_fields)
-
-
-def _validated(document: Any, where: str, model: type[S]) -> S:
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {validation_message(error, model)}.") from error
