@@ -37,7 +37,7 @@ def require_free(port: int, host: str = LOOPBACK) -> None:
         PortInUseError: where somebody else listens on it.
         EnvironmentProblem: where it cannot be listened on for another reason, such as an address of another machine.
     """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as probe:
         # Servers set this too: a port in TIME_WAIT is free, one that is listened on is not.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

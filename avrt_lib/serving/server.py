@@ -125,7 +125,8 @@ class ServedModel:
 
     @property
     def _address(self) -> str:
-        return f"{LOOPBACK if self.host == '0.0.0.0' else self.host}:{self.port}"
+        host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(self.host, self.host)
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
 
     def _options(self) -> list[str]:
         values = {
