@@ -14,8 +14,8 @@ from pathlib import Path
 from avrt_lib import __version__
 from avrt_lib.errors import ConfigError
 
-#: What ``make images`` writes, relative to the repository.
-BUILT = Path("build") / "images.json"
+#: What ``make images`` writes in the repository.
+BUILT = Path(__file__).resolve().parent.parent / "build" / "images.json"
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Images:
     pipeline: str = f"avrt/pipeline:{__version__}"
     train: str = f"avrt/train:{__version__}"
     vllm: str = f"avrt/vllm:{__version__}"
+
+    def at(self, registry: str | None) -> Images:
+        """The same ones, from a registry."""
+        prefix = f"{registry.rstrip('/')}/" if registry else ""
+        return Images(prefix + self.pipeline, prefix + self.train, prefix + self.vllm)
 
 
 DEFAULT = Images()

@@ -23,6 +23,7 @@ from kfp_server_api.exceptions import ApiException  # type: ignore[import-untype
 from avrt_lib.cli.console import err
 from avrt_lib.cluster.profile import Profile
 from avrt_lib.errors import AvrtError, EnvironmentProblem, UsageError
+from avrt_lib.keys import header_key
 
 #: Seconds to connect and to wait for an answer.
 TIMEOUT_S = (10, 60)
@@ -108,7 +109,7 @@ def _check_address(host: str) -> None:
 def _variable(name: str | None, kind: str) -> str | None:
     if name is None:
         return None
-    value = os.environ.get(name, "").strip()
+    value = header_key(os.environ.get(name, ""), name)
     if not value:
         raise UsageError(f"--{kind}-env names the variable {name}, which is not set or empty.")
     return value

@@ -430,7 +430,7 @@ def _order(
     resolved = resolve(find_config(config), profile.overrides | changes)
     found = built(registry=profile.registry, variant=profile.build)
     if found is None:
-        found = Images()
+        found = Images().at(profile.registry)
         err.print(f"No images were built here (make images): the run takes {found.pipeline} and its sisters.")
     return Order(resolved, profile, found, pipeline, not no_cache, traces), profile
 

@@ -111,7 +111,7 @@ def _compile_given(given: argparse.Namespace) -> None:
     config = load(given.config)
     cluster = load_profile(given.cluster) if given.cluster else None
     found = built(registry=cluster.registry, variant=cluster.build) if cluster else None
-    images = found or DEFAULT
+    images = found or DEFAULT.at(cluster.registry if cluster else None)
     images = Images(
         given.pipeline_image or images.pipeline, given.train_image or images.train, given.vllm_image or images.vllm
     )

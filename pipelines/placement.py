@@ -15,11 +15,18 @@ from typing import Any
 
 from kfp import kubernetes
 
-from avrt_lib.cluster.profile import CA_FOLDER, EMPTY_DIRS, VARIABLE, Pool, Profile, endpoint_of, step_secrets
+from avrt_lib.cluster.profile import (
+    CA_FOLDER,
+    EMPTY_DIRS,
+    RUN_LABEL,
+    VARIABLE,
+    Pool,
+    Profile,
+    endpoint_of,
+    step_secrets,
+)
 from avrt_lib.config import Config
 
-#: Labels that the backend puts on every pod of a run.
-RUN_LABEL = "pipeline/runid"
 STEP_LABEL = "avrt.dev/step"
 #: Steps that start without the secrets and config maps of the profile, and say what is missing.
 LENIENT = ("preflight", "run_summary")

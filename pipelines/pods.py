@@ -6,18 +6,18 @@ import base64
 import contextlib
 import gzip
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import urllib3
-from kubernetes import client, config
+from kubernetes import client
 
+from avrt_lib.cluster.kubeconfig import client_settings
+from avrt_lib.cluster.profile import RUN_LABEL
+from avrt_lib.errors import EnvironmentProblem
 from pipelines.progress import task_of
 
-RUN_LABEL = "pipeline/runid"
 NODE_NAME = "workflows.argoproj.io/node-name"
 NODE_ID = "workflows.argoproj.io/node-id"
 #: Scheduling gates with this prefix are Kueue's: it has not let the pod in yet.
@@ -201,15 +201,10 @@ def inference_services() -> list[dict[str, Any]]:
 
 
 def _connect() -> Any:
-    settings = client.Configuration()
     try:
-        file = os.environ.get("KUBECONFIG") or str(Path("~/.kube/config").expanduser())
-        if os.environ.get("KUBECONFIG") or Path(file).exists():
-            config.load_kube_config(file, client_configuration=settings)
-        else:
-            config.load_incluster_config(client_configuration=settings)
-    except config.ConfigException as error:
-        raise PodsUnreadable(f"no access to the cluster: {_line(error).rstrip('.')}; KUBECONFIG names one") from error
+        settings = client_settings()
+    except EnvironmentProblem as problem:
+        raise PodsUnreadable(_line(problem).rstrip(".")) from problem
     settings.retries = False
     return client.ApiClient(settings)
 

@@ -27,7 +27,7 @@ from avrt_lib.steps import FAILURE_LINE
 from avrt_lib.tables import write_json
 from pipelines.backend import FINAL, Backend
 from pipelines.pods import Pods, PodsUnreadable, Waiting
-from pipelines.progress import STYLES, Row, Steps, base_name, clock, read_states, rows_of
+from pipelines.progress import STYLES, Row, Steps, base_name, clock, read_states, rows_of, task_of
 
 POLL_S = 5.0
 #: The Workflow is a large object, so it is read less often.
@@ -384,7 +384,10 @@ def find_failure(backend: Backend, run: Any, rows: Sequence[Row], nodes: Sequenc
     step = tasks[named[0]].shown if named and named[0] in tasks else (named or [""])[0]
     first = logs[0] if logs else []
     reasons = [hint for sign, hint in _HINTS.items() if any(sign in line for line in first)]
-    reasons += [str(node["message"]) for node in nodes if node.get("type") == "Pod"][:1]
+    of_pods = [node for node in nodes if node.get("type") == "Pod"]
+    # A pod of another step may have failed too, and a retry of it succeeded.
+    of_step = [node for node in of_pods if named and task_of(str(node.get("name"))) == named[0]] or of_pods
+    reasons += [str(max(of_step, key=lambda node: node.get("finishedAt") or "")["message"])] if of_step else []
     why = "; ".join(reasons) or ("its log is above" if first else "no log of it can be read")
     return Failure(step, "error", f"the step ended without an error of its own: {why}", _tail(first))
 

@@ -116,9 +116,15 @@ def certificate(host: str) -> dict[str, str]:
             .not_valid_after(now + datetime.timedelta(days=365 * _YEARS))
         )
 
+    # Strict TLS clients ask it of an authority (RFC 5280, 4.2.1.9).
+    usage = dict.fromkeys(
+        ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"), False
+    )
+    signs = x509.KeyUsage(**usage, key_cert_sign=True, crl_sign=True, encipher_only=False, decipher_only=False)
     root = (
         builder(issuer, authority.public_key())
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(signs, critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(authority.public_key()), critical=False)
         .sign(authority, hashes.SHA256())
     )

@@ -53,6 +53,8 @@ _LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 EMPTY_DIRS = ("shared-memory", "scratch")
 #: Where steps find the store's own CA.
 CA_FOLDER = "/etc/avrt-store-ca"
+#: The backend puts it on every pod of a run.
+RUN_LABEL = "pipeline/runid"
 #: Where the backend's launcher and our own placement mount something; a pod with two mounts at one place is refused.
 _LAUNCHERS = ("/kfp-launcher", "/minio", "/s3", "/gcs", "/.local", "/.cache", "/.config")
 _TAKEN = ("", "/tmp", "/dev/shm", CA_FOLDER, *_LAUNCHERS)

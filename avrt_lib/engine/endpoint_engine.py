@@ -14,6 +14,7 @@ from typing import Any, Self
 from avrt_lib.config import EngineConfig
 from avrt_lib.engine.base import ChatRequest, Completion
 from avrt_lib.errors import ConfigError, EngineError
+from avrt_lib.keys import header_key
 
 log = logging.getLogger("avrt")
 
@@ -37,14 +38,14 @@ class EndpointEngine:
         name: what rows name as their model; the served model's name if not given.
 
     Raises:
-        ConfigError: where the variable that should hold the key is not set.
+        ConfigError: where the variable that should hold the key is not set, or holds what no key is.
         EngineError: where the openai package is missing.
     """
 
     def __init__(self, config: EngineConfig, *, name: str | None = None) -> None:
         key = "none"
         if config.api_key_env:
-            key = os.environ.get(config.api_key_env, "")
+            key = header_key(os.environ.get(config.api_key_env, ""), config.api_key_env)
             if not key:
                 raise ConfigError(
                     f"The environment variable {config.api_key_env} (api_key_env of {config.base_url}) is not set: "

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from avrt_lib.errors import EnvironmentProblem
+from avrt_lib.cluster.kubeconfig import client_settings
 
 #: For all questions to the API server together, and for one.
 TIME_LIMIT_S, CALL_S = 35.0, 5.0
@@ -31,18 +27,10 @@ class Cluster:
     """
 
     def __init__(self, *, inside: bool) -> None:
-        from kubernetes import client, config
+        from kubernetes import client
 
         self.inside = inside
-        settings = client.Configuration()
-        try:
-            named = os.environ.get("KUBECONFIG")
-            if named or Path("~/.kube/config").expanduser().exists():
-                config.load_kube_config(named or None, client_configuration=settings)
-            else:
-                config.load_incluster_config(client_configuration=settings)
-        except (config.ConfigException, OSError, yaml.YAMLError) as error:
-            raise EnvironmentProblem(f"there is no access to a cluster ({' '.join(str(error).split())})") from error
+        settings = client_settings()
         settings.retries = False
         api = client.ApiClient(settings)
         self.core = client.CoreV1Api(api)

@@ -20,7 +20,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from avrt_lib.config import Config, EngineConfig
-from avrt_lib.errors import AvrtError
+from avrt_lib.errors import AvrtError, ConfigError
+from avrt_lib.keys import header_key
 
 if TYPE_CHECKING:
     from avrt_lib.cluster.profile import Profile
@@ -297,7 +298,10 @@ def endpoints(config: Config, *, inside: bool = True) -> list[Check]:
 
 def _endpoint(name: str, engine: EngineConfig, *, inside: bool) -> Check:
     label, url = f"Endpoint {name}", str(engine.base_url).rstrip("/")
-    key = os.environ.get(engine.api_key_env, "") if engine.api_key_env else ""
+    try:
+        key = header_key(os.environ.get(engine.api_key_env, ""), engine.api_key_env) if engine.api_key_env else ""
+    except ConfigError as error:
+        return Check(label, FAILED, str(error).rstrip("."), "correct the secret or variable that holds it")
     if engine.api_key_env and not key:
         if not inside:
             return Check(label, UNKNOWN, f"{engine.api_key_env} is not set here; the run's first step asks it")

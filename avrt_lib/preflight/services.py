@@ -68,7 +68,8 @@ def store_check(config: Config, profile: Profile, secret: Mapping[str, str] | No
     elif access.ca_config_map and "AVRT_S3_CA_FILE" not in os.environ:
         return Check(label, UNKNOWN, f"{access.endpoint} has its own CA: set AVRT_S3_CA_FILE to ask it from here")
     else:
-        settings = S3Settings(access.endpoint, access.secure, secret["access_key"], secret["secret_key"], access.region)
+        keys = secret["access_key"].strip(), secret["secret_key"].strip()
+        settings = S3Settings(access.endpoint, access.secure, *keys, access.region)
     return _probe(config, profile, settings, inside=inside)
 
 

@@ -16,8 +16,8 @@ from avrt_lib import answers
 from avrt_lib.config import Config
 from avrt_lib.engine import messages
 from avrt_lib.errors import ServingError, UsageError
+from avrt_lib.keys import header_key
 from avrt_lib.records import LETTERS, Sample
-from avrt_lib.serving.keys import header_key
 
 if TYPE_CHECKING:
     import httpx

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from avrt_lib.cluster.kubeconfig import client_settings
 from avrt_lib.errors import EnvironmentProblem, ServingError
 
 Document = dict[str, Any]
@@ -62,7 +59,7 @@ class Cluster:
         from kubernetes import client
 
         self.namespace = namespace
-        api = client.ApiClient(_access())
+        api = client.ApiClient(client_settings())
         self._objects = client.CustomObjectsApi(api)
         self._apps = client.AppsV1Api(api)
         self._core = client.CoreV1Api(api)
@@ -252,24 +249,6 @@ class Cluster:
         except urllib3.exceptions.HTTPError as error:
             reason = " ".join(str(error).split())[:200]
             raise EnvironmentProblem(f"The API server does not answer ({reason}): look at KUBECONFIG.") from error
-
-
-def _access() -> Any:
-    """The client's settings for the cluster that KUBECONFIG names, or ~/.kube/config, or else this pod's own."""
-    from kubernetes import client, config
-
-    settings, named = client.Configuration(), os.environ.get("KUBECONFIG")
-    try:
-        # Not the client's load_config: it knows no list of files, and says on standard output where it looked.
-        if named or Path("~/.kube/config").expanduser().exists():
-            config.load_kube_config(named or None, client_configuration=settings)
-        else:
-            config.load_incluster_config(client_configuration=settings)
-    except (config.ConfigException, OSError, yaml.YAMLError, TypeError) as error:  # TypeError: YAML that is no mapping
-        text = " ".join(str(error).split())
-        mend = f"correct KUBECONFIG, which is {named}" if named else "set KUBECONFIG"
-        raise EnvironmentProblem(f"There is no cluster to talk to ({text.rstrip('.')}): {mend}.") from error
-    return settings
 
 
 def container_statuses(pod: Document) -> list[Document]:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from avrt_lib.config import DeploymentConfig
 from avrt_lib.errors import ConfigError, EnvironmentProblem, ServingError
-from avrt_lib.serving.keys import header_key
+from avrt_lib.keys import header_key
 
 _TIMEOUT_S = 120
 _PROTOCOLS = "https:ssh:file"
@@ -185,7 +185,7 @@ class Repository:
         settings = [part for name, value in self._settings for part in ("-c", f"{name}={value}")]
         environment = {name: value for name, value in os.environ.items() if name not in _OUTER}
         environment |= {"GIT_ALLOW_PROTOCOL": _PROTOCOLS, "GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C"}
-        environment |= {"GIT_TERMINAL_PROMPT": "0", "SSH_ASKPASS_REQUIRE": "never"}
+        environment |= {"GIT_TERMINAL_PROMPT": "0", "GIT_ASKPASS": "", "SSH_ASKPASS_REQUIRE": "never"}
         try:
             # A session of its own: nothing that git starts can ask on the terminal, and all of it can be ended.
             process = subprocess.Popen(

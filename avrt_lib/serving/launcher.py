@@ -20,8 +20,8 @@ from avrt_lib import compat
 from avrt_lib.config import StudentConfig
 from avrt_lib.engine import student_media
 from avrt_lib.errors import AvrtError, ConfigError, UsageError
+from avrt_lib.keys import header_key
 from avrt_lib.serving.gate import EXPOSE_METRICS, max_request_mib
-from avrt_lib.serving.keys import header_key
 
 # At module level: vLLM's engine process is spawned and imports this module anew, before it imports vLLM.
 compat.apply()

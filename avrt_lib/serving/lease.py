@@ -128,7 +128,15 @@ class Lease:
         lease["metadata"]["annotations"] = notes
         moment, now = time.monotonic(), datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         lease["spec"] = {"holderIdentity": holder, "leaseDurationSeconds": DURATION_S, "renewTime": now}
-        self._lease = self._cluster.put_lease(lease)
+        try:
+            self._lease = self._cluster.put_lease(lease)
+        except Conflict:
+            # The answer to a write of ours may have been lost, so that the version known here is the one before it.
+            found = self._cluster.lease(self._name)
+            if found is None or (found.get("spec") or {}).get("holderIdentity") != self._holder:
+                raise
+            lease["metadata"]["resourceVersion"] = found["metadata"]["resourceVersion"]
+            self._lease = self._cluster.put_lease(lease)
         self._renewed = moment
 
     def _fresh(self) -> bool:

@@ -55,10 +55,17 @@ def reached(found: Status) -> Iterator[str]:
 
 
 def _resolves(host: str) -> bool:
-    try:
-        return bool(socket.getaddrinfo(host, None))
-    except OSError:
-        return False
+    for wait_s in (1.0, 2.0, 4.0, 0.0):
+        try:
+            return bool(socket.getaddrinfo(host, None))
+        except socket.gaierror as error:
+            # Inside a cluster its name server may be away for a moment; elsewhere nobody knows the name.
+            if error.errno != socket.EAI_AGAIN or "KUBERNETES_SERVICE_HOST" not in os.environ:
+                return False
+            time.sleep(wait_s)
+        except OSError:
+            return False
+    return False
 
 
 def _port(child: ChildServer) -> int:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from avrt_lib.errors import AvrtError, ServingError, UsageError
+from avrt_lib.errors import AvrtError, EnvironmentProblem, ServingError, UsageError
 from avrt_lib.promotion.manifest import (
     CANDIDATE,
     DATA,
@@ -35,6 +35,7 @@ from avrt_lib.promotion.manifest import (
 from avrt_lib.serving.cluster import Cluster, Conflict, Document, container_statuses
 from avrt_lib.serving.inference_service import (
     ARGO,
+    AWAY_S,
     POLL_S,
     STOP,
     State,
@@ -373,16 +374,20 @@ def _change(cluster: Cluster, lease: Lease, name: str, uri: str, change: Callabl
     Raises:
         ServingError: where somebody else set it to another model meanwhile.
     """
+    made: Document | None = None
     for attempt in range(1, _TRIES + 1):
         lease.check()
         service = cluster.service(name)
+        if made is not None and service is not None and _contains(service["spec"], made["spec"]):
+            return service  # it was changed, and the answer lost
         if service is None or storage_uri(service) != uri:
             raise ServingError(
                 f"Somebody else changed {cluster.namespace}/{name} during the rollout: see what it is set to with "
                 f"avrt serving status {name} --namespace {cluster.namespace}, then start the rollout again."
             )
         try:
-            return cluster.replace(change(service))
+            made = change(service)
+            return cluster.replace(made)
         except Conflict:
             if attempt == _TRIES:
                 raise
@@ -402,10 +407,18 @@ def _share(
     route.share(split.percent)
     told(f"{split.percent} % of the requests through {route.name} go to the candidate, for {split.seconds:g} s")
     until, starts = time.monotonic() + split.seconds, _starts(cluster.pods(candidate.name))
+    seen = time.monotonic()
     while (left := until - time.monotonic()) > 0:
         lease.check()
-        route.watch(split.percent)
-        documents = cluster.documents(candidate.name)
+        try:
+            route.watch(split.percent)
+            documents = cluster.documents(candidate.name)
+        except EnvironmentProblem:
+            if time.monotonic() - seen > AWAY_S:
+                raise
+            time.sleep(min(POLL_S, left))
+            continue
+        seen = time.monotonic()
         found = judge(candidate.name, cluster.namespace, documents, candidate.uri)
         if found.state is not State.SERVING:
             raise ServingError(found.line)

@@ -48,7 +48,8 @@ class S3Settings:
         Raises:
             ConfigError: the message names the variable that is missing.
         """
-        values = {key: os.environ.get(f"AVRT_S3_{key}", "") for key in ("ENDPOINT", "ACCESS_KEY", "SECRET_KEY")}
+        # A line break of the file that a key was kept in is no part of it, and no header may hold it.
+        values = {key: os.environ.get(f"AVRT_S3_{key}", "").strip() for key in ("ENDPOINT", "ACCESS_KEY", "SECRET_KEY")}
         for key, value in values.items():
             if not value:
                 raise ConfigError(f"AVRT_S3_{key} is not set: name the object store, or set store.kind=local.")

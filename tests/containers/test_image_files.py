@@ -180,6 +180,11 @@ def test_a_damaged_manifest_is_one_line_with_the_mend(tmp_path: Path, text: str)
         images.read_manifest(tmp_path / "images.json")
 
 
+def test_images_of_a_registry_are_never_taken_from_elsewhere() -> None:
+    assert Images().at("r.example.com/team/").vllm == f"r.example.com/team/avrt/vllm:{__version__}"
+    assert Images().at(None) == Images()
+
+
 def test_built_images_are_named_by_content(manifest: Path) -> None:
     found = built_images(manifest)
     assert found == Images(*(f"avrt/{image}:{__version__}-0123456789ab" for image in IMAGES))

@@ -381,6 +381,53 @@ def test_what_argo_says_of_a_failed_pod_is_told_where_the_cluster_may_be_read(
     assert message in err.strip().splitlines()[-1]
 
 
+def test_a_pod_of_another_step_that_was_retried_is_not_the_reason(
+    api: KfpApi, cluster: KubernetesApi, capsys: pytest.CaptureFixture[str], spec: dict[str, Any]
+) -> None:
+    pods = [("sft", "preempted", "2026-11-01T10:00:00Z"), ("grpo", "old", "2026-11-01T11:00:00Z")]
+    pods += [("grpo", "OOMKilled", "2026-11-01T12:00:00Z")]
+    cluster.nodes = {
+        f"{number}": {
+            "id": f"{number}",
+            "name": f"w.root(0).{step}(0).executor({number})",
+            "type": "Pod",
+            "phase": "Failed",
+            "message": message,
+            "finishedAt": at,
+        }
+        for number, (step, message, at) in enumerate(pods)
+    }
+    api.frames = [("FAILED", {"sft": "succeeded", "grpo": "failed"})]
+    _, _, err = follow(capsys, api, api.add_run(spec))
+    said = err.strip().splitlines()[-1]
+    assert "OOMKilled" in said
+    assert "preempted" not in said
+
+
+@pytest.mark.parametrize("text", ["a: [", "- no mapping", None])
+def test_a_kubeconfig_that_cannot_be_read_is_said_and_the_run_is_watched(
+    api: KfpApi,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    spec: dict[str, Any],
+    text: str | None,
+) -> None:
+    place = tmp_path / "config"
+    if text is None:
+        place.mkdir()
+    else:
+        place.write_text(text)
+    monkeypatch.setenv("KUBECONFIG", str(place))
+    api.frames = [("SUCCEEDED", {"sft": "succeeded"})]
+    code, _, err = follow(capsys, api, api.add_run(spec))
+    assert code == 0, err
+    assert "There is no cluster to talk to" in err
+    assert f"correct KUBECONFIG, which is {place}" in err
+    checks = preflight_cluster.cluster_checks(load(MINIATURE), load_profile(TEST))
+    assert [check.status for check in checks if check.name == preflight_cluster.CLUSTER] == ["failed"]
+
+
 def test_a_success_without_a_summary_is_still_a_success(
     api: KfpApi, capsys: pytest.CaptureFixture[str], spec: dict[str, Any]
 ) -> None:
@@ -608,6 +655,11 @@ def test_a_backend_that_wants_a_token_gets_the_one_of_the_variable(
     code, out, err = avrt(capsys, "status", run, "--host", api.url, "--token-env", "MY_TOKEN")
     assert code == 0, err
     assert "s3cret" not in out + err
+    monkeypatch.setenv("MY_TOKEN", "s3\ncret")
+    code, _, err = avrt(capsys, "status", run, "--host", api.url, "--token-env", "MY_TOKEN")
+    assert (code, len(err.strip().splitlines())) == (3, 1)
+    assert "MY_TOKEN holds a line break" in err
+    assert "cret" not in err
 
 
 def test_in_a_pod_the_projected_token_is_used_and_read_again(

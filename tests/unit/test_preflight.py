@@ -131,6 +131,9 @@ def endpoint() -> Iterator[str]:
         ("teacher-7b", "", "p4ss", "ok", "serves teacher-7b"),
         ("other", "", "p4ss", "failed", "serves teacher-7b, not other"),
         ("teacher-7b", "", "s3cr3t", "failed", "refuses the key"),
+        ("teacher-7b", "", "p4ss\n", "ok", "serves teacher-7b"),
+        ("teacher-7b", "", "p4\nss", "failed", "TEACHER_KEY holds a line break"),
+        ("teacher-7b", "", "pässwort", "failed", "a character outside ASCII"),
         ("teacher-7b", "/wrong", "p4ss", "warning", "does not list its models"),
     ],
 )
@@ -211,7 +214,7 @@ def in_pod(monkeypatch: pytest.MonkeyPatch) -> Profile:
 def test_all_findings_of_a_pod_are_in_the_failure(in_pod: Profile, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem) as raised:
         preflight.run(_without_source(), workspace=_workspace(tmp_path), checks=tmp_path / "checks")
-    assert "there is no access to a cluster" in str(raised.value)
+    assert "There is no cluster to talk to" in str(raised.value)
     assert "make the secret avrt-store" in str(raised.value)
     assert "/nonexistent" in str(raised.value).rpartition("avrt-store")[2], "the missing source is named too"
 

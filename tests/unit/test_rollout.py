@@ -403,9 +403,42 @@ def test_a_lease_that_was_taken_over_is_lost(cluster: Memory) -> None:
     with Lease(cluster, "x") as held:  # type: ignore[arg-type]
         taken = cluster.lease("x")
         assert taken is not None
+        taken["spec"]["holderIdentity"] = "another"
         cluster.put_lease(taken)
         with pytest.raises(ServingError, match="lost its lease"):
             held.note(stage="later")
+
+
+def _answer_is_lost_once(monkeypatch: pytest.MonkeyPatch, cluster: Memory, method: str, when: Any) -> None:
+    """A write that is stored, whose answer does not arrive: the client sends it again, and it is of an old version."""
+    store, lost = getattr(cluster, method), []
+
+    def write(document: Document) -> Document:
+        stored: Document = store(document)
+        if not lost and when(document):
+            lost.append(document)
+            store(document)
+        return stored
+
+    monkeypatch.setattr(cluster, method, write)
+
+
+def test_a_lease_is_not_lost_with_the_answer_to_its_own_write(cluster: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Lease(cluster, "x") as held:  # type: ignore[arg-type]
+        _answer_is_lost_once(monkeypatch, cluster, "put_lease", lambda _: True)
+        held.note(stage="later")
+        held.check()
+        kept = cluster.lease("x")
+        assert kept is not None
+        assert kept["metadata"]["annotations"] == {"avrt/stage": "later"}
+
+
+def test_a_change_whose_answer_was_lost_is_no_change_by_somebody_else(
+    running: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _answer_is_lost_once(monkeypatch, running, "replace", lambda service: storage_uri(service) == NEW)
+    assert roll(running).uri == NEW
+    assert [change[0] for change in running.changes] == ["create", "delete", "replace"]
 
 
 def test_a_lease_that_was_left_is_free(cluster: Memory) -> None:

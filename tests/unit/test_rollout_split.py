@@ -6,13 +6,14 @@ tests/cluster/test_traffic_split.py has the same on a real API server.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from avrt_lib.config import DeploymentConfig
-from avrt_lib.errors import ServingError, UsageError
+from avrt_lib.errors import EnvironmentProblem, ServingError, UsageError
 from avrt_lib.serving import inference_service, lease, rollout, route
 from avrt_lib.serving.cluster import Conflict, Document, Documents
 from avrt_lib.serving.inference_service import State, Status
@@ -244,6 +245,32 @@ def test_a_candidate_that_fails_while_it_has_a_share_loses_it(
         shared(cluster, wanted=wanted)
     assert cluster.weights() == {OURS: 100}
     assert cluster.service(NAME + CANDIDATE) is None
+
+
+@pytest.mark.parametrize(("away_s", "fails"), [(0.05, False), (10.0, True)])
+def test_an_api_server_that_is_away_for_a_moment_says_nothing_of_the_candidate(
+    cluster: Routed, monkeypatch: pytest.MonkeyPatch, away_s: float, fails: bool
+) -> None:
+    monkeypatch.setattr(rollout, "AWAY_S", 0.2)
+    look = cluster.documents
+    until: list[float] = []
+
+    def documents(name: str) -> Documents:
+        if THEIRS in cluster.weights():
+            until[:] = until or [time.monotonic() + away_s]
+            if time.monotonic() < until[0]:
+                raise EnvironmentProblem("The API server could not list pods (too many requests): try again.")
+        return look(name)
+
+    monkeypatch.setattr(cluster, "documents", documents)
+    wanted = to_uri(champion(), NEW, "7", Split(ROUTE, percent=20, seconds=0.5))
+    if fails:
+        with pytest.raises(EnvironmentProblem, match="too many requests"):
+            shared(cluster, wanted=wanted)
+        assert cluster.weights() == {OURS: 100}
+    else:
+        assert shared(cluster, wanted=wanted).uri == NEW
+    assert until, "it was asked while the candidate had a share"
 
 
 def test_answers_that_fail_under_users_requests_take_the_share_back(cluster: Routed) -> None:

@@ -58,6 +58,13 @@ def test_tls_is_on_unless_it_is_turned_off(value: str | None, secure: bool, monk
     assert settings.environment()["AVRT_S3_SECURE"] == str(int(secure))
 
 
+def test_a_line_break_is_no_part_of_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in COMPLETE.items():
+        monkeypatch.setenv(name, text + "\n")
+    settings = S3Settings.from_environment()
+    assert [settings.environment()[name] for name in COMPLETE] == list(COMPLETE.values())
+
+
 def test_local_model_lies_at_its_content_and_comes_back(model: Path, tmp_path: Path) -> None:
     place = store.publish_model(model, "student", LOCAL, tmp_path / "store")
     assert place.uri == (tmp_path / "store/models/student" / place.sha256).as_uri()
