@@ -42,6 +42,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    _discard(temporary)  # of a killed process whose number this one has got
     try:
         yield temporary
         if temporary.is_file():

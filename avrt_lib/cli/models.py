@@ -26,7 +26,7 @@ app = typer.Typer(
 
 To = Annotated[str, typer.Option("--to", help="A folder, or s3://BUCKET of the store.", metavar="PLACE")]
 Lock = Annotated[
-    Path | None, typer.Option(help="The lock file [models.lock beside the configuration].", metavar="FILE")
+    Path | None, typer.Option(help="The lock file [configs/models.lock; with --config, beside it].", metavar="FILE")
 ]
 Named = Annotated[str | None, typer.Option("--name", help="The model's id, ORG/NAME.", metavar="ID")]
 Revision = Annotated[str | None, typer.Option(help="The commit that the folder is of.", metavar="COMMIT")]

@@ -44,8 +44,11 @@ def run_one(
     _complete("--input", name, step.inputs, given)
     _complete("--output", name, step.outputs, placed)
     _complete("--param", name, step.params, plain)
-    if "data_hash" in step.params:
-        plain.setdefault("data_hash", "")
+    if "data_hash" in step.params and "data_hash" not in plain:
+        from avrt_lib.ingest.fingerprint import fingerprint
+
+        # Without it a result that is kept in --work would stand for other data of the same path.
+        plain["data_hash"] = fingerprint(config.data)
     facts = run_step(name, config=config, inputs=given, outputs=placed, work=work, params=plain)
     print(json.dumps(facts, indent=2, ensure_ascii=False))
 

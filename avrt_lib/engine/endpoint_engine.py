@@ -103,6 +103,7 @@ class EndpointEngine:
             )
             answer = raw.parse()
             choice = answer.choices[0]
+            text = _text(choice.message)
         except openai.APIStatusError as error:
             reason = _reason(error)
             if error.status_code in _REFUSED:
@@ -116,14 +117,14 @@ class EndpointEngine:
             reason = _reason(error)
             self._count_failure(reason)
             return self._failed(request, reason, started, self._config.attempts)
-        except (openai.APIError, IndexError, TypeError, ValueError) as error:
+        except (openai.APIError, AttributeError, IndexError, TypeError, ValueError) as error:
             self._count_failure(reason := f"not a chat completion: {_reason(error)}")
             return self._failed(request, reason, started, 1)
         self._failed_in_a_row = 0
         usage = answer.usage
         return Completion(
             id=request.id,
-            text=_text(choice.message),
+            text=text,
             finish_reason=choice.finish_reason or "",
             tokens_in=usage.prompt_tokens if usage else 0,
             tokens_out=usage.completion_tokens if usage else 0,
@@ -165,9 +166,12 @@ class EndpointEngine:
 
 def _text(message: Any) -> str:
     """The message's text; a server that parses the reasoning away has it in a field of its own."""
-    content = message.content or ""
+    content: Any = message.content or ""
+    if isinstance(content, list):
+        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
     reasoning = getattr(message, "reasoning", None) or getattr(message, "reasoning_content", None)
-    return f"<think>{reasoning}</think>{content}" if reasoning else content
+    text = f"<think>{reasoning}</think>{content}" if reasoning else str(content)
+    return text.encode("utf-8", "replace").decode()  # no file can store half a character
 
 
 def _reason(error: Exception) -> str:

@@ -81,7 +81,7 @@ def run_chunks(
             continue
         key, kinds = f"{number:05d}", [kind(item) for item in chunk]
         if writer.has(key):
-            waiting.answered.update(kinds)
+            waiting.committed({kinds[i] for i, item in enumerate(chunk) if make_request(item, 1) is not None})
         else:
             found: dict[int, Completion] = {}
             for attempt in range(1, attempts + 1):
@@ -120,9 +120,17 @@ class _Waiting(Generic[R]):
             elif kind not in self.answered:
                 self._refused.setdefault(kind, []).append(completion)
 
+    def committed(self, kinds: set[str]) -> None:
+        """Take in that the table has a chunk in which these kinds were asked."""
+        self.answered.update(kinds)
+        self._commit_ready()
+
     def add(self, key: str, kinds: set[str], rows: list[R]) -> None:
         """Commit the chunk, and those before it, as soon as all kinds that were asked in them have answers."""
         self._chunks[key] = (kinds, rows)
+        self._commit_ready()
+
+    def _commit_ready(self) -> None:
         for ready in [each for each, (needed, _) in self._chunks.items() if needed <= self.answered]:
             self._writer.commit(ready, self._chunks.pop(ready)[1])
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from avrt_lib.errors import MediaError
 from avrt_lib.ingest.container import COMPLETE, Limits, opened
@@ -253,5 +253,7 @@ def read_image(path: Path, *, longest_side_px: int, quality: int, limits: Limits
             image.load()
             upright = ImageOps.exif_transpose(image) or image
             return Pictures([jpeg(upright, longest_side_px, quality)], [0.0], *upright.size, fps=None, duration_s=None)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MediaError:
+        raise
+    except Exception as error:  # Pillow's readers, of tags above all, have no common class of errors
         raise MediaError(f"{path} cannot be read as an image ({error}): it is damaged; fetch it again.") from error

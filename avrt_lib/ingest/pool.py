@@ -29,18 +29,21 @@ _BATCH = 8
 
 
 @functools.lru_cache(maxsize=4)
-def _load(budget: Budget, video: Path | None, audio: Path | None, image: Path | None) -> Media:
-    return load(budget, video=video, audio=audio, image=image)
+def _load(budget: Budget, video: Path | None, audio: Path | None, image: Path | None) -> Media | MediaError:
+    # A clip that cannot be decoded may have taken minutes to say so: that is remembered too.
+    try:
+        return load(budget, video=video, audio=audio, image=image)
+    except MediaError as error:
+        return error
 
 
 def to_sample(budget: Budget, job: Job) -> Sample | Dropped:
     """Decode one question's media; a file that cannot be decoded makes it a dropped row."""
     row = job.row
-    try:
-        # The questions about a clip mostly stand together, so that a few decoded clips are worth remembering.
-        media = _load(budget, row.video, row.audio, row.image)
-    except MediaError as error:
-        return Dropped(row.id, job.source, job.split, row.where, f"{MEDIA_INVALID}: {error}")
+    # The questions about a clip mostly stand together, so that a few decoded clips are worth remembering.
+    media = _load(budget, row.video, row.audio, row.image)
+    if isinstance(media, MediaError):
+        return Dropped(row.id, job.source, job.split, row.where, f"{MEDIA_INVALID}: {media}")
     return Sample(
         id=row.id,
         source=job.source,

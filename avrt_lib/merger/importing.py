@@ -72,7 +72,7 @@ def _own(path: Path, known: dict[str, Sample], max_words: int) -> Iterator[Merge
             if not isinstance(reasoning, str):
                 raise TypeError(f"reasoning is no text but {type(reasoning).__name__}")
             reasoning = reasoning.strip()
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
+        except (ValueError, RecursionError, TypeError, KeyError) as error:
             raise DataError(
                 f"{path}, line {number}: each line is a JSON object with sample_id, reasoning and answer ({error})."
             ) from error

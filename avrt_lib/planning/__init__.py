@@ -184,13 +184,22 @@ class _Planner:
         )
 
     def _count(self, split: str) -> int:
-        source: SourceConfig | None = getattr(self.config.data, split) or self.config.data.all
+        data = self.config.data
+        source: SourceConfig | None = getattr(data, split) or data.all
         if source is not None and source.count is not None:
-            return source.count
+            return source.count if getattr(data, split) else round(source.count * self._share(split))
         if source is not None and source.format == "avqa":
             return AVQA_QUESTIONS[split]
         self.warnings.append(f"The {split} questions are not counted: AVQA's number is taken; say --samples.")
         return AVQA_QUESTIONS[split]
+
+    def _share(self, split: str) -> float:
+        """The part of ``data.all`` that a split gets."""
+        data = self.config.data
+        if data.overlap_splits:
+            return 1.0
+        shares = {"validation": data.validation_share, "test": data.test_share}
+        return shares.get(split, 1.0 - sum(shares.values()))
 
     def _processes(self, step: str, section: SftConfig | GrpoConfig) -> int:
         """How many processes training starts: as many as the configuration says, or one for each GPU."""

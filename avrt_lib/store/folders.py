@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -50,9 +51,13 @@ def fetch_table(uri: str, target: Path) -> None:
         document = read_object(connection, bucket, f"{key}/{MANIFEST}")
         if document is None:
             raise StoreError(f"{uri} has no {MANIFEST}: it is not there, or was not published as a whole.")
+        manifest = json.loads(document)
+        if manifest.get("content_sha256") != key.rpartition("/")[2]:
+            raise StoreError(f"{uri} holds another table than its address names: publish it anew.")
+        shutil.rmtree(target, ignore_errors=True)  # of an attempt that was killed before it was done
         with atomic_path(target) as temporary:
             temporary.mkdir()
-            for name, entry in json.loads(document)["files"].items():
+            for name, entry in manifest["files"].items():
                 path = temporary / name
                 if not path.resolve().is_relative_to(temporary.resolve()):
                     raise StoreError(f"The manifest of {uri} names a file outside of the table: {name}.")

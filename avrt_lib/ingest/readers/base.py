@@ -20,6 +20,8 @@ MEDIA_MISSING = "media missing"
 MEDIA_REFUSED = "media path refused"
 MEDIA_INVALID = "media invalid"
 
+#: As Qwen's, Kimi's and Llama's tokenizers read them out of plain text too: a place for media, or the end of a turn.
+_CONTROL_TOKEN = re.compile(r"<\|[A-Za-z_]+\|>")
 _LETTER_PREFIX = re.compile(r"\s*[(\[]?([A-Ha-h])[)\].:]\s*(.*)", re.DOTALL)
 
 
@@ -118,6 +120,8 @@ def optional_text(row: Mapping[str, Any], key: str, default: str = "unknown") ->
 
 
 def _storable(text: str, key: str) -> str:
+    if token := _CONTROL_TOKEN.search(text):
+        raise RowError(f"{key} holds {token[0]}, which is a control token to language models")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -183,7 +187,8 @@ def answer_index(value: Any, options: Sequence[str]) -> int | None:
             raise RowError(f"the answer {value!r} has the letter of another option than its text")
         return index
     if re.fullmatch(r"\d+(?:\.0+)?", wanted):
-        return answer_index(int(float(wanted)), options)
+        # Python refuses to read a number of thousands of digits.
+        return answer_index(int(wanted.partition(".")[0]) if len(wanted) < 10 else len(options), options)
     raise RowError(f"the answer {value!r} is none of the {len(options)} options")
 
 
@@ -236,7 +241,8 @@ def parse_rows(raw: Sequence[Any], file: Path, root: Path, parse: Parse, count: 
         try:
             row = parse(item, where)
         except RowError as error:
-            row = Rejection.of(str(item.get("id", fallback)), where, INVALID_ROW, str(error))
+            named = str(item.get("id", fallback)).encode("utf-8", "backslashreplace").decode()
+            row = Rejection.of(named, where, INVALID_ROW, str(error))
         if isinstance(row, SourceRow):
             if row.id in seen:
                 row = Rejection.of(row.id, where, DUPLICATE_ID, f"an earlier row has the id {row.id}")
@@ -257,7 +263,7 @@ def read_json_rows(file: Path) -> list[Any]:
         document = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise DataError(f"There is no annotation file {file}: check the path.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of too many digits
         raise DataError(f"{file} is not valid JSON: {error}.") from error
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}.") from error

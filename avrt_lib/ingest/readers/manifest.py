@@ -78,7 +78,7 @@ def _options(value: Any) -> Any:
     if text.startswith("["):
         try:
             return json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"options is no valid JSON list: {error}") from error
     return [part.strip() for part in text.split("|")]
 
@@ -135,7 +135,7 @@ def _jsonl(file: Path) -> list[Any]:
                 if line.strip():
                     try:
                         rows.append(json.loads(line))
-                    except (json.JSONDecodeError, RecursionError) as error:
+                    except (ValueError, RecursionError) as error:
                         raise DataError(f"{file}:{number} is not valid JSON: {error}.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file} is not UTF-8 text: save it as UTF-8.") from error
