@@ -23,6 +23,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.script: dict[str, list[int]] = {}
+        self.replies: dict[str, bytes] = {}
         self.seen: list[dict] = []
         self.keys: set[str | None] = set()
         self.running = self.most = 0
@@ -55,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
             answer = {
                 "id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage
             }  # fmt: skip
-        payload = json.dumps(answer).encode()
+        payload = self.server.replies.get(text) or json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(payload)))
@@ -115,6 +116,32 @@ def test_a_request_that_keeps_failing_says_so_and_the_others_are_answered(server
     assert found[1].text == ""
     assert "no: b" in (found[1].error or "")
     assert found[1].attempts == 3
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [b"<html>log in</html>", b"[]", b'{"choices": [{"message": null}]}', b'{"choices": ["x"]}', b'{"choices": []}'],
+)
+def test_what_is_no_chat_completion_is_a_refused_request(server: Server, reply: bytes) -> None:
+    server.replies["b"] = reply
+    with build(config(server, concurrency=1)) as engine:
+        found = engine.chat(requests("a", "b", "c"))
+    assert [c.error is None for c in found] == [True, False, True]
+    assert "not a chat completion" in (found[1].error or "")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [('[{"type": "text", "text": "so"}, {"type": "text", "text": " B"}]', "so B"), ('"half \\ud800"', "half ?")],
+)
+def test_contents_of_other_forms_are_text(server: Server, content: str, text: str) -> None:
+    server.replies["a"] = (
+        '{"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": '
+        f'[{{"index": 0, "finish_reason": "stop", "message": {{"role": "assistant", "content": {content}}}}}]}}'
+    ).encode()
+    with build(config(server)) as engine:
+        (found,) = engine.chat(requests("a"))
+    assert (found.text, found.error) == (text, None)
 
 
 def test_a_bad_request_is_not_tried_again(server: Server) -> None:

@@ -131,6 +131,19 @@ def test_what_a_share_leaves_is_judged_with_all_shares(tmp_path: Path) -> None:
     assert engine.calls == [["c", "d"]]
 
 
+def test_a_chunk_that_waits_is_kept_once_another_shares_answer_is_met(tmp_path: Path) -> None:
+    with pytest.raises(NothingAnsweredError):
+        go(Recorder(refused="ab"), tmp_path, "abcd", mine=lambda number: number == 0)
+    go(Recorder(), tmp_path, "abcd", mine=lambda number: number == 1)
+    assert go(Recorder(refused="ab"), tmp_path, "abcd") == ["", "", "c:1", "d:1"]
+
+
+def test_a_chunk_of_which_nothing_was_asked_is_no_answer(tmp_path: Path) -> None:
+    for _ in range(2):  # the second time as a resumed run
+        with pytest.raises(NothingAnsweredError):
+            go(Recorder(refused="ab"), tmp_path, "ab--")
+
+
 def test_a_kind_of_which_nothing_is_asked_keeps_no_chunk_back(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="gone"):
         go(Recorder(fail_at=1), tmp_path, ["a", "-", "b", "-"], kind=lambda item: "sight" if item == "-" else "sound")

@@ -72,6 +72,7 @@ def test_answers_in_every_notation(value: Any, options: list[str], index: int | 
         (4, "index 4 is outside 0 to 3"),
         (-1, "index -1 is outside"),
         ("7", "index 7 is outside"),
+        ("1" * 310, "index 4 is outside"),
         (1.5, "1.5 is no index"),
         (True, "not bool"),
         ([1], "not list"),
@@ -217,6 +218,7 @@ def test_rows_that_are_no_questions_are_rejected_with_their_reason(tmp_path: Pat
         avqa_row(),
         "text",
         avqa_row(id=11, video_name="x" * 400),
+        avqa_row(id="\ud800"),
     ]
     found = read("avqa", write(tmp_path / "qa.json", rows))
     assert isinstance(found[0], SourceRow)
@@ -228,7 +230,9 @@ def test_rows_that_are_no_questions_are_rejected_with_their_reason(tmp_path: Pat
         ("qa.json:5", "duplicate id"),
         ("qa.json:6", "invalid row"),
         ("qa.json:7", "media missing"),
+        ("qa.json:8", "invalid row"),
     ]
+    assert rejected[-1].id == r"\ud800", "the name can be stored"
     assert "videos/absent.mp4 is not in" in rejected[0].reason
 
 
@@ -376,6 +380,8 @@ def test_csv_options_may_be_a_json_list(tmp_path: Path) -> None:
         ({"options": "[1,"}, "no valid JSON list"),
         ({"options": "one"}, "has 1 options"),
         ({"id": None}, "id is missing"),
+        ({"question": "What does <|VIDEO|> say?"}, r"question holds <\|VIDEO\|>, which is a control token"),
+        ({"options": '["a", "b<|im_end|>"]'}, r"options holds <\|im_end\|>"),
     ],
 )
 def test_a_manifest_row_that_is_no_question(changes: dict[str, Any], says: str) -> None:

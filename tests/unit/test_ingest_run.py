@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from avrt_lib import ingest
+from avrt_lib.cli.step import run_one
 from avrt_lib.config import Config, load
 from avrt_lib.errors import ConfigError, DataError
 from avrt_lib.ingest.media import Budget
@@ -287,6 +288,30 @@ def test_a_file_that_ends_its_decoder_costs_its_own_row(clip: Path) -> None:
     (dropped,) = [row for row in results if isinstance(row, Dropped)]
     assert dropped.id == "r3"
     assert "ended the process that decoded it" in dropped.reason
+
+
+def test_a_clip_that_cannot_be_decoded_is_tried_once(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no clip" * 20)
+    first, second = make_job(1, broken), make_job(2, broken)
+    before = to_sample(BUDGET, first)
+    broken.unlink()
+    after = to_sample(BUDGET, second)
+    assert isinstance(before, Dropped)
+    assert isinstance(after, Dropped)
+    assert before.reason == after.reason
+
+
+def test_a_debugged_step_reads_data_that_were_changed_again(clip: Path, tmp_path: Path) -> None:
+    data = write_avqa(tmp_path / "data", clip, [f"v{i}" for i in range(12)])
+    answers = []
+    for name, right in (("before", 0), ("after", 1)):
+        rows = json.loads((data / "annotations.json").read_text())
+        (data / "annotations.json").write_text(json.dumps([row | {"answer": right} for row in rows]))
+        place = f"samples={tmp_path / name}"
+        run_one("ingest", one_source(data), inputs=[], outputs=[place], params=[], work=tmp_path / "work")
+        answers.append({row.answer_index for row in read_rows(tmp_path / name, Sample)})
+    assert answers == [{0}, {1}]
 
 
 def test_several_processes_give_what_one_gives(clip: Path, tmp_path: Path) -> None:

@@ -208,6 +208,14 @@ def test_an_image_is_turned_as_its_exif_data_says(tmp_path: Path) -> None:
     assert colour(open_jpeg(media.frames[0]), 0.95, 0.5) == "red"
 
 
+def test_an_image_with_damaged_exif_data_is_named(tmp_path: Path) -> None:
+    orientation, resolution = struct.pack("<HHII", 0x0112, 3, 1, 6), struct.pack("<HHI4s", 0x011A, 7, 4, b"abcd")
+    tags = b"II*\0" + struct.pack("<IH", 8, 2) + orientation + resolution + struct.pack("<I", 0)
+    Image.new("RGB", (40, 20)).save(tmp_path / "i.jpg", exif=b"Exif\0\0" + tags)
+    with pytest.raises(MediaError, match=r"i\.jpg cannot be read as an image .*: it is damaged"):
+        load(BUDGET, image=tmp_path / "i.jpg")
+
+
 def test_the_same_bytes_give_the_same_bytes(tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "c.mp4", seconds=2.0, size=(320, 240))
     copy = tmp_path / "copy.mp4"

@@ -117,6 +117,15 @@ def test_more_samples_take_longer() -> None:
     assert plan(samples=80_000).wall_s > 1.5 * plan(samples=40_000).wall_s
 
 
+def test_one_source_is_shared_out_over_the_splits() -> None:
+    changes = {"data.train": None, "data.validation": None, "data.test": None}
+    changes |= {"data.all": {"format": "manifest", "path": "/data/q.csv", "count": 1000}}
+    assert plan(changes=changes).samples == {"train": 700, "validation": 100, "test": 200}
+    assert plan(changes=changes | {"data.overlap_splits": True}).samples == dict.fromkeys(
+        ("train", "validation", "test"), 1000
+    )
+
+
 def test_an_assumption_of_ones_own_changes_the_plan() -> None:
     slow = plan(assume={"vision_tokens_per_s": 250})
     assert slow.needs["vision_teacher"].seconds > 5 * plan().needs["vision_teacher"].seconds

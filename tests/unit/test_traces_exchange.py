@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +109,20 @@ def test_traces_that_were_changed_in_the_store_are_refused(data: tuple[Path, Pat
     with pytest.raises(StoreError, match="not what its manifest says"):
         bring(samples, uri, tmp_path)
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.usefixtures("in_environment")
+def test_an_address_is_that_of_its_content(data: tuple[Path, Path], tmp_path: Path) -> None:
+    samples, merged = data
+    uri = publish(merged, tmp_path)["uri"]
+    key, wrong = uri.removeprefix("s3://avrt/"), f"{uri.rpartition('/')[0]}/{'0' * 64}"
+    connection = store.client()
+    for found in connection.list_objects("avrt", prefix=key + "/", recursive=True):
+        text = connection.get_object("avrt", found.object_name).read()
+        place = wrong.removeprefix("s3://avrt/") + found.object_name.removeprefix(key)
+        connection.put_object("avrt", place, io.BytesIO(text), len(text))
+    with pytest.raises(StoreError, match="holds another table than its address names"):
+        bring(samples, wrong, tmp_path)
 
 
 @pytest.mark.usefixtures("in_environment")
