@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing import parent_process
 from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +20,7 @@ from avrt_lib.errors import EngineError, NothingAnsweredError
 from avrt_lib.evaluation.official import is_correct
 from avrt_lib.records import Prediction, Sample
 from avrt_lib.tables import TableWriter, read_rows
+from avrt_lib.worker_processes import end_with_parent
 from avrt_lib.workspace import Progress
 
 if TYPE_CHECKING:
@@ -143,7 +141,7 @@ def ask_in_child(
     config: str, samples: Path, model: Path, predictions: Path, name: str, share: int, failures: Queue[str]
 ) -> None:
     """``ask`` in a spawned process; what fails is told through ``failures``."""
-    _end_with_parent()
+    end_with_parent()
     settings = from_json(config)
     try:
         with LazyEngine(lambda: build_engine(settings, model, name), name) as engine:
@@ -153,16 +151,3 @@ def ask_in_child(
     except EngineError as error:
         failures.put(str(error))
         raise
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent is gone, however that ended: nothing may be left running."""
-    parent = parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True, name="parent-watch").start()

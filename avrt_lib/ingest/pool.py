@@ -6,22 +6,19 @@ import functools
 import json
 import logging
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from avrt_lib.errors import MediaError
 from avrt_lib.ingest.media import Budget, Media, load
 from avrt_lib.ingest.readers.base import MEDIA_INVALID
 from avrt_lib.ingest.splits import Job
 from avrt_lib.records import Dropped, Sample
+from avrt_lib.worker_processes import prepare_worker
 
 log = logging.getLogger("avrt.ingest")
 
@@ -125,7 +122,7 @@ class DecoderPool:
         if self._pool is None:
             # Spawned, not forked: the caller may have threads, and a fork would copy their locks.
             self._pool = ProcessPoolExecutor(
-                workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_worker
+                workers, mp_context=multiprocessing.get_context("spawn"), initializer=prepare_worker
             )
         return self._pool
 
@@ -133,16 +130,3 @@ class DecoderPool:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
-
-
-def _prepare_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it: a pool's worker waits for ever where its parent was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent: Any = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)

@@ -12,6 +12,7 @@ Everything is a function of a seed and a clip's number, so a split of any size c
 from __future__ import annotations
 
 import json
+import multiprocessing
 import random
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from avrt_lib.tables import atomic_path, write_json
+from avrt_lib.worker_processes import prepare_worker
 
 SIGHTS: Mapping[str, tuple[int, int, int]] = {
     "red": (214, 48, 44),
@@ -211,7 +213,8 @@ def render_dataset(
         progress(count - len(missing))
     if missing:
         chunks = [missing[at : at + 64] for at in range(0, len(missing), 64)]
-        with ProcessPoolExecutor(min(workers, len(chunks))) as pool:
+        spawn = multiprocessing.get_context("spawn")  # the caller may have threads, and a fork would copy their locks
+        with ProcessPoolExecutor(min(workers, len(chunks)), mp_context=spawn, initializer=prepare_worker) as pool:
             for done in pool.map(_write_clips, repeat(videos), repeat(prefix), repeat(seed), chunks):
                 if progress is not None:
                     progress(done)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +20,8 @@ import pytest
 from avrt_lib import answers
 from avrt_lib.miniature import texts, world
 from avrt_lib.miniature.world import KINDS, Question, clip_question, draw_question, render_dataset
+
+ROOT = Path(__file__).parents[2]
 
 
 def questions(kind: str, count: int = 50) -> list[Question]:
@@ -77,6 +85,47 @@ def test_a_rendering_that_was_cut_short_goes_on(tmp_path: Path) -> None:
     render_dataset(tmp_path, count=4, seed=1, prefix="clip", workers=1, progress=done.append)
     assert done == [3, 1]
     assert kept.stat().st_mtime_ns == before
+
+
+RENDER = """
+import sys
+from pathlib import Path
+from avrt_lib.miniature.world import render_dataset
+
+if __name__ == "__main__":
+    render_dataset(Path(sys.argv[1]), prefix="t", count=100_000, seed=5, workers=2)
+"""
+
+
+def group_runs(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_killed_rendering_leaves_no_process(tmp_path: Path) -> None:
+    (tmp_path / "render.py").write_text(RENDER)
+    started = subprocess.Popen(
+        [sys.executable, tmp_path / "render.py", tmp_path / "data"], start_new_session=True, cwd=ROOT
+    )
+    group = started.pid
+    try:
+        until = time.monotonic() + 60
+        while not any((tmp_path / "data").glob("videos/*.mp4")):
+            assert started.poll() is None
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        os.kill(started.pid, signal.SIGKILL)
+        started.wait()
+        until = time.monotonic() + 10
+        while group_runs(group) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not group_runs(group)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def test_what_the_models_are_taught_is_what_the_extractor_reads() -> None:
