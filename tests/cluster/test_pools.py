@@ -73,10 +73,16 @@ def schedule(core: client.CoreV1Api, namespace: str, profile: Profile, made: lis
     """Create pods, those that fill a node first, and return the volumes that were made for them."""
     assert wait_for(lambda: bool(core.list_namespaced_service_account(namespace).items), 30)
     volumes = claims(core, namespace, profile)
+    # A pod whose claim is not bound yet steps back, and what was made after it takes the node that it would have filled.
+    assert wait_for(lambda: all(map(_bound, core.list_namespaced_persistent_volume_claim(namespace).items)), 60)
     by_size = sorted(made, key=lambda pod: -max(map(int, _gpus(pod).values()), default=0))
     for pod in by_size:
         core.create_namespaced_pod(namespace, pod)
     return volumes
+
+
+def _bound(claim: client.V1PersistentVolumeClaim) -> bool:
+    return bool(claim.status.phase == "Bound")
 
 
 def _gpus(pod: client.V1Pod) -> dict[str, str]:
