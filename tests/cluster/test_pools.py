@@ -73,7 +73,7 @@ def schedule(core: client.CoreV1Api, namespace: str, profile: Profile, made: lis
     """Create pods, those that fill a node first, and return the volumes that were made for them."""
     assert wait_for(lambda: bool(core.list_namespaced_service_account(namespace).items), 30)
     volumes = claims(core, namespace, profile)
-    # A pod whose claim is not bound yet steps back, and what was made after it takes the node that it would have filled.
+    # A pod whose claim is not bound yet steps back, and pods made after it take the node that it would have filled.
     assert wait_for(lambda: all(map(_bound, core.list_namespaced_persistent_volume_claim(namespace).items)), 60)
     by_size = sorted(made, key=lambda pod: -max(map(int, _gpus(pod).values()), default=0))
     for pod in by_size:
