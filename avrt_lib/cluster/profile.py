@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
-from avrt_lib.config import Config, EngineConfig, Section, validation_message
+from avrt_lib.config import Config, EngineConfig, Section, read_mapping, validated
 from avrt_lib.errors import ConfigError
 
 #: Holds the profile, as JSON, in the pod of a run's first step.
@@ -322,18 +321,7 @@ def load_profile(path: Path) -> Profile:
     Raises:
         ConfigError: the message names the file, the key and the mend.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no cluster profile {path}: name one with --cluster.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} must hold a mapping, not {type(document).__name__}.")
-    try:
-        return Profile.model_validate(document)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {validation_message(error, Profile)}.") from error
+    return validated(read_mapping(path, "cluster profile", "--cluster"), str(path), Profile)
 
 
 def profile_of_pod() -> Profile | None:

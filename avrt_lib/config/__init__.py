@@ -4,8 +4,7 @@
 ``errors`` words what is wrong in a document.
 """
 
-from avrt_lib.config.errors import validation_message
-from avrt_lib.config.loading import MODELS_LOCK, from_json, load, parse_set
+from avrt_lib.config.loading import MODELS_LOCK, from_json, load, parse_set, read_mapping, validated
 from avrt_lib.config.sections import (
     CORRECTION,
     HUB,
@@ -50,5 +49,6 @@ __all__ = [
     "from_json",
     "load",
     "parse_set",
-    "validation_message",
+    "read_mapping",
+    "validated",
 ]

@@ -24,8 +24,8 @@ def from_json(text: str) -> Config:
     document, where = json.loads(text), "the configuration parameter"
     fields = {name: (field.annotation, field) for name, field in Config.model_fields.items() if name in document}
     if len(fields) == len(Config.model_fields):
-        return _validated(document, where, Config)
-    part = _validated(document, where, create_model("Part", __base__=Section, **fields))  # type: ignore[call-overload]
+        return validated(document, where, Config)
+    part = validated(document, where, create_model("Part", __base__=Section, **fields))  # type: ignore[call-overload]
     return Config.model_construct(**vars(part)).part(fields)
 
 
@@ -40,19 +40,46 @@ def load(path: Path, overrides: dict[str, Any] | None = None, *, pinned: bool = 
     Raises:
         ConfigError: the message names the file, the key and the mend.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"There is no configuration file {path}: name one with --config.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, not {type(document).__name__}.")
+    document = read_mapping(path, "configuration file", "--config")
     for dotted, value in (overrides or {}).items():
         _assign(document, dotted, value)
     if pinned:
         _pin_models(document, path.parent / MODELS_LOCK)
-    return _validated(document, str(path), Config)
+    return validated(document, str(path), Config)
+
+
+def read_mapping(path: Path, kind: str, option: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Args:
+        path: the file.
+        kind: what such a file is called.
+        option: the command line's option that names one.
+
+    Raises:
+        ConfigError: where it is absent, is no YAML, or holds something else.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise ConfigError(f"There is no {kind} {path}: name one with {option}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold a mapping, not {type(document).__name__}.")
+    return document
+
+
+def validated(document: Any, where: str, model: type[S]) -> S:
+    """A document as its strict schema.
+
+    Raises:
+        ConfigError: the message names where the document is from, and each key that is wrong.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {validation_message(error, model)}.") from error
 
 
 def _pin_models(document: dict[str, Any], lock: Path) -> None:
@@ -110,10 +137,3 @@ def _assign(document: dict[str, Any], dotted: str, value: Any) -> None:
             raise ConfigError(f"--set {dotted}: {parent} is a value, not a section.")
         node = child
     node[last] = value
-
-
-def _validated(document: Any, where: str, model: type[S]) -> S:
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {validation_message(error, model)}.") from error

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from avrt_lib.cluster.profile import load_profile
 from avrt_lib.config import load
 from avrt_lib.errors import ConfigError
 from avrt_lib.runs import write_config
@@ -67,3 +70,26 @@ def test_a_key_of_a_section_that_a_run_wrote_as_null_can_be_set(tmp_path: Path) 
 def test_a_key_that_is_not_known_is_told_what_is(key: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         load(MINIATURE, {key: 3})
+
+
+@pytest.mark.parametrize(
+    ("reader", "named"),
+    [(load, "no configuration file .*--config"), (load_profile, "no cluster profile .*--cluster")],
+    ids=["configuration", "profile"],
+)
+def test_a_file_that_cannot_be_read_is_told_with_the_mend(
+    reader: Callable[[Path], Any], named: str, tmp_path: Path
+) -> None:
+    for absent in (tmp_path / "nope.yaml", tmp_path):
+        with pytest.raises(ConfigError, match=named):
+            reader(absent)
+    file = tmp_path / "given.yaml"
+    for text, told in {
+        b"a: [": "is not valid YAML",
+        b"\xff\xfe": "is not valid YAML",
+        b"- a": "must hold a mapping, not list",
+        b"name: []": "name: Input should be a valid string",
+    }.items():
+        file.write_bytes(text)
+        with pytest.raises(ConfigError, match=rf"^{file}.* {told}"):
+            reader(file)
