@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from avrt_lib.config import HUB
-from avrt_lib.errors import ConfigError, DataError
+from avrt_lib.errors import ConfigError, DataError, StoreError
 from avrt_lib.tables import MANIFEST, read_json, sha256_file, write_json
 
 BUILTIN = "builtin:"
@@ -78,6 +78,18 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     files: dict[str, dict[str, Any]] = manifest["files"]
+    verify_files(folder, files)
+    if manifest.get("content_sha256") != content_sha256(files):
+        raise DataError(f"{folder / MANIFEST} does not fit its own list of files: copy the model again.")
+    return manifest
+
+
+def verify_files(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Check that a model folder holds the files of a manifest and none besides.
+
+    Raises:
+        DataError: the message names the first file that differs.
+    """
     for name, entry in files.items():
         path = folder / name
         if not path.is_file() or sha256_file(path) != entry["sha256"]:
@@ -86,9 +98,31 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != MANIFEST and str(path.relative_to(folder)) not in files:
             raise DataError(f"{path} is not in the model's manifest: take it out, or publish the model again.")
-    if manifest.get("content_sha256") != content_sha256(files):
-        raise DataError(f"{folder / MANIFEST} does not fit its own list of files: copy the model again.")
-    return manifest
+
+
+def is_published(target: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a model is in its place already; it is checked, and gets back a manifest that it lost.
+
+    Args:
+        target: the place of the model's content hash.
+        manifest: of the model that is to be there.
+
+    Raises:
+        StoreError: where the folder holds something else.
+    """
+    if not target.exists():
+        return False
+    try:
+        if (target / MANIFEST).exists():
+            verify_manifest(target)
+        else:
+            verify_files(target, manifest["files"])
+            write_json(target / MANIFEST, manifest)
+    except DataError as error:
+        raise StoreError(
+            f"{target} was published before but has changed: {error} Remove it to publish again."
+        ) from error
+    return True
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -97,6 +131,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: where there is none, or it is no such document.
     """
+    if not (folder / MANIFEST).exists():
+        raise DataError(
+            f"{folder} has no {MANIFEST}, so nobody can tell whether it is whole: remove the folder, and publish or "
+            "download the model again."
+        )
     manifest = read_json(folder / MANIFEST)
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise DataError(f"{folder / MANIFEST} is no manifest of a model: it lists no files.")

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avrt_lib.errors import ConfigError, DataError, DiskFullError, EnvironmentProblem, StoreError
-from avrt_lib.models import check_names, content_sha256
+from avrt_lib.models import check_names, content_sha256, read_manifest
 from avrt_lib.store.objects import client, read_object, store_errors
-from avrt_lib.tables import MANIFEST, read_json, sha256_file, write_json
+from avrt_lib.tables import MANIFEST, sha256_file, write_json
 
 if TYPE_CHECKING:
     from minio import Minio
@@ -81,18 +81,31 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _is_whole(folder: Path, sha256: str) -> bool:
-    """Whether a folder that was checked when it was made still has its files; contents are not hashed again."""
+    """Whether a folder that was checked when it was made still has its files; contents are not hashed again.
+
+    One that is not whole becomes a download that was cut short.
+    """
     if not folder.is_dir():
         return False
-    manifest = read_json(folder / MANIFEST)
-    sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
-    whole = manifest["content_sha256"] == sha256 and all(
-        path.is_file() and path.stat().st_size == size for path, size in sizes.items()
-    )
+    try:
+        manifest = read_manifest(folder)
+        sizes = {folder / name: entry["bytes"] for name, entry in manifest["files"].items()}
+        whole = manifest.get("content_sha256") == sha256 and all(
+            path.is_file() and path.stat().st_size == size for path, size in sizes.items()
+        )
+    except DataError:  # the manifest is gone or damaged
+        whole = False
     if not whole:
-        log.warning("%s is not whole and is fetched again", folder)
-        shutil.rmtree(folder)
+        log.warning("%s is not whole: what is missing is fetched again", folder)
+        partial = _partial(folder)
+        if partial.exists():
+            shutil.rmtree(partial)
+        folder.rename(partial)
     return whole
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
 
 def _download(connection: Minio, bucket: str, key: str, sha256: str, target: Path) -> None:
@@ -108,8 +121,11 @@ def _download(connection: Minio, bucket: str, key: str, sha256: str, target: Pat
         check_names(files, uri)
     except DataError as error:
         raise StoreError(str(error)) from error
-    partial = target.with_name(f".{sha256}.partial")
+    partial = _partial(target)
     partial.mkdir(exist_ok=True, mode=0o700)
+    for path in partial.rglob("*"):  # a loader takes every file of weights that it finds
+        if path.is_file() and path.relative_to(partial).as_posix() not in files:
+            path.unlink()
     left = {n: e for n, e in files.items() if not _matches(partial / n, e)}
     _require_space(target.parent, sum(entry["bytes"] for entry in left.values()), uri)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from avrt_lib.config import StoreConfig
 from avrt_lib.errors import ConfigError, DataError
-from avrt_lib.models import verify_manifest, write_manifest
+from avrt_lib.models import is_published, verify_manifest, write_manifest
 from avrt_lib.tables import MANIFEST, read_json, sha256_file
 
 #: Weights in formats that are Python pickles, or may hold one; loading such a file can run any code.
@@ -180,6 +180,10 @@ def publish(folder: Path, name: str, to: str, made_by: dict[str, Any]) -> str:
 
     Returns:
         The address that a configuration names: ``s3://BUCKET/models/NAME/SHA256`` or ``FOLDER/NAME/SHA256``.
+
+    Raises:
+        DataError: where the folder is no whole model of safetensors.
+        StoreError: where something else lies at this address.
     """
     check(folder)
     manifest = write_manifest(folder, made_by)
@@ -188,8 +192,7 @@ def publish(folder: Path, name: str, to: str, made_by: dict[str, Any]) -> str:
 
         return publish_model(folder, slug(name), StoreConfig(kind="s3", bucket=bucket_of(to))).uri
     target = Path(to).expanduser().absolute() / slug(name) / str(manifest["content_sha256"])
-    if target.exists():
-        verify_manifest(target)
+    if is_published(target, manifest):
         shutil.rmtree(folder)
     else:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlparse
 
 from avrt_lib.config import StoreConfig
 from avrt_lib.errors import ConfigError, DataError, StoreError
-from avrt_lib.models import read_manifest, verify_manifest
+from avrt_lib.models import is_published, read_manifest, verify_manifest
 from avrt_lib.tables import MANIFEST, atomic_path, sha256_file
 
 if TYPE_CHECKING:
@@ -171,7 +171,9 @@ def publish_model(folder: Path, name: str, store: StoreConfig, local_root: Path 
         if local_root is None:
             raise ConfigError("store.kind=local needs a folder to publish to.")
         target = local_root.absolute() / key
-        _copy_model(folder, target)
+        if not is_published(target, manifest):
+            with atomic_path(target) as temporary:
+                shutil.copytree(folder, temporary)
         return ModelPlace(target.as_uri(), sha256, len(files))
     with store_errors(f"Publishing {name} to s3://{store.bucket}/{key}"):
         connection = client()
@@ -180,19 +182,6 @@ def publish_model(folder: Path, name: str, store: StoreConfig, local_root: Path 
         upload_files(connection, store.bucket, key, folder, {path: entry["bytes"] for path, entry in files.items()})
         _put_manifest(connection, store.bucket, f"{key}/{MANIFEST}", folder / MANIFEST, sha256)
     return ModelPlace(f"s3://{store.bucket}/{key}", sha256, len(files))
-
-
-def _copy_model(folder: Path, target: Path) -> None:
-    if target.exists():
-        try:
-            verify_manifest(target)
-        except DataError as error:
-            raise StoreError(
-                f"{target} was published before but has changed: {error} Remove it to publish again."
-            ) from error
-        return
-    with atomic_path(target) as temporary:
-        shutil.copytree(folder, temporary)
 
 
 def upload_files(connection: Minio, bucket: str, key: str, folder: Path, sizes: dict[str, int]) -> None:

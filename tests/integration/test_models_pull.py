@@ -203,6 +203,19 @@ def test_a_fetched_model_that_lost_a_file_is_fetched_again(in_store: str) -> Non
     verify_manifest(models.resolve(in_store))
 
 
+@pytest.mark.parametrize("text", [None, "{", "{}"], ids=["gone", "cut short", "empty"])
+def test_a_fetched_model_that_lost_its_manifest_is_checked_and_keeps_its_files(in_store: str, text: str | None) -> None:
+    folder = models.resolve(in_store)
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    (folder / "manifest.json").unlink()
+    if text is not None:
+        (folder / "manifest.json").write_text(text)
+    (folder / "config.json").write_text("damaged")
+    (folder / "other.safetensors").write_text("nobody published it")
+    verify_manifest(models.resolve(in_store))
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
 def test_a_download_that_was_cut_short_goes_on(in_store: str) -> None:
     folder = models.resolve(in_store)
     partial = folder.with_name(f".{folder.name}.partial")

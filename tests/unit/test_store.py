@@ -12,7 +12,7 @@ import pytest
 from avrt_lib import store
 from avrt_lib.config import StoreConfig
 from avrt_lib.errors import ConfigError, DataError, StoreError
-from avrt_lib.models import write_manifest
+from avrt_lib.models import verify_manifest, write_manifest
 from avrt_lib.store.objects import S3Settings
 from avrt_lib.tables import MANIFEST, read_json, sha256_file, write_json
 
@@ -85,6 +85,23 @@ def test_local_model_is_published_once(model: Path, tmp_path: Path) -> None:
         store.publish_model(model, "student", LOCAL, tmp_path / "store")
     with pytest.raises(StoreError, match="not whole"):
         store.download_model(place.uri, tmp_path / "down")
+
+
+def test_a_published_model_that_lost_its_manifest_gets_it_again_once_its_files_are_checked(
+    model: Path, tmp_path: Path
+) -> None:
+    place = store.publish_model(model, "student", LOCAL, tmp_path / "store")
+    kept = tmp_path / "store/models/student" / place.sha256
+    (kept / MANIFEST).unlink()
+    with pytest.raises(DataError, match=r"has no manifest\.json.*remove the folder, and publish or download"):
+        store.download_model(place.uri, kept)
+    store.publish_model(model, "student", LOCAL, tmp_path / "store")
+    assert verify_manifest(kept)["content_sha256"] == place.sha256
+    (kept / MANIFEST).unlink()
+    (kept / "config.json").write_text("damaged")
+    with pytest.raises(StoreError, match=r"config\.json is not what .* Remove it to publish again"):
+        store.publish_model(model, "student", LOCAL, tmp_path / "store")
+    assert not (kept / MANIFEST).exists()
 
 
 def test_a_folder_that_is_not_its_manifest_is_refused(model: Path, tmp_path: Path) -> None:
