@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -21,7 +23,7 @@ from typing import Any, Generic
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from avrt_lib.errors import DataError, DiskFullError
+from avrt_lib.errors import DataError, DiskFullError, EnvironmentProblem
 from avrt_lib.records import MEASURED, SCHEMA_VERSION, SCHEMAS, R, to_row
 
 MANIFEST = "manifest.json"
@@ -59,6 +61,31 @@ def atomic_path(target: Path) -> Iterator[Path]:
     except BaseException:
         _discard(temporary)
         raise
+
+
+@contextlib.contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Let one writer at a time make ``target``, and remove what killed ones left of it: they hold the lock no more.
+
+    Writers wait for each other across processes, containers and machines, as far as the file system's locks reach. The
+    lock's file stays: a second one of its name could be held while the first one is.
+
+    Raises:
+        EnvironmentProblem: where the file system has no locks.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_name(f".{target.name}.lock"), "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"The file system of {target.parent} has no locks ({error.strerror}): mount it with locks (flock), or "
+                "name a folder on another one."
+            ) from error
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+            if "." not in left.name.removeprefix(f".{target.name}.").removesuffix(".tmp"):  # not of a longer name
+                _discard(left)
+        yield
 
 
 def _discard(path: Path) -> None:

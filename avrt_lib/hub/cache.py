@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from avrt_lib.errors import ConfigError, DataError, DiskFullError, EnvironmentProblem, StoreError
 from avrt_lib.models import check_names, content_sha256, read_manifest
 from avrt_lib.store.objects import client, read_object, store_errors
-from avrt_lib.tables import MANIFEST, sha256_file, write_json
+from avrt_lib.tables import MANIFEST, locked, sha256_file, write_json
 
 if TYPE_CHECKING:
     from minio import Minio
@@ -66,18 +63,11 @@ def fetch(uri: str) -> Path:
         )
     cache, sha256 = cache_folder(), found["sha256"]
     target = cache / sha256
-    with _locked(cache / f"{sha256}.lock"):
+    with locked(target):
         if not _is_whole(target, sha256):
             with store_errors(f"Fetching {uri}"):
                 _download(client(), found["bucket"], found["key"], sha256, target)
     return target
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _is_whole(folder: Path, sha256: str) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from avrt_lib.config import StoreConfig
 from avrt_lib.errors import ConfigError, DataError
 from avrt_lib.models import is_published, verify_manifest, write_manifest
-from avrt_lib.tables import MANIFEST, read_json, sha256_file
+from avrt_lib.tables import MANIFEST, locked, read_json, sha256_file
 
 #: Weights in formats that are Python pickles, or may hold one; loading such a file can run any code.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".h5")
@@ -192,11 +194,11 @@ def publish(folder: Path, name: str, to: str, made_by: dict[str, Any]) -> str:
 
         return publish_model(folder, slug(name), StoreConfig(kind="s3", bucket=bucket_of(to))).uri
     target = Path(to).expanduser().absolute() / slug(name) / str(manifest["content_sha256"])
-    if is_published(target, manifest):
-        shutil.rmtree(folder)
-    else:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(folder, target)
+    with locked(target):
+        if is_published(target, manifest):
+            shutil.rmtree(folder)
+        else:
+            shutil.move(folder, target)
     return str(target)
 
 
@@ -212,11 +214,17 @@ def bucket_of(to: str) -> str:
     return bucket
 
 
-def staging(to: str, name: str) -> Path:
-    """Where a model is put together before it is published: on the disk where it will stay, or in the cache."""
+@contextmanager
+def staging(to: str, name: str) -> Iterator[Path]:
+    """A folder where a model is put together before it is published: on the disk where it will stay, or in the cache.
+
+    One process at a time has it. It goes away when the block ends well; otherwise the next block finds what was there.
+    """
     from avrt_lib.hub.cache import cache_folder
 
     root = cache_folder() if to.startswith("s3://") else Path(to).expanduser().absolute()
     folder = root / ".incoming" / slug(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    with locked(folder):
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)

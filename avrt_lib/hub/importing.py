@@ -29,10 +29,9 @@ def import_folder(source: Path, to: str, *, name: str | None = None, revision: s
     code = folders.code_of(source)
     known_name, known_revision = origin_of(source)
     name, revision = name or known_name or source.name, revision or known_revision
-    staged = folders.staging(to, name)
-    shutil.rmtree(staged)
-    shutil.copytree(source, staged, ignore=shutil.ignore_patterns(".cache", ".git", folders.SUMS))
     made_by = {"by": "avrt models import", "model": name, "revision": revision, "compared": compared, "code": code}
-    address = folders.publish(staged, name, to, made_by)
-    shutil.rmtree(staged, ignore_errors=True)
+    with folders.staging(to, name) as staged:
+        shutil.rmtree(staged)
+        shutil.copytree(source, staged, ignore=shutil.ignore_patterns(".cache", ".git", folders.SUMS))
+        address = folders.publish(staged, name, to, made_by)
     return Published(name, revision, address)

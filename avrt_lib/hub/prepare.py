@@ -79,26 +79,24 @@ def publish_prepared(source: Path, name: str, to: str, made_by: dict[str, Any], 
         raise ConfigError(
             f"{source} brings its own code ({', '.join(sorted(code))}): say with --revision which commit it is of."
         )
-    staged = folders.staging(to, f"{name}-prepared")
-    shutil.rmtree(staged)
-    staged.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        weights = path.suffix == folders.SAFETENSORS or path.name.endswith(".index.json")
-        left = weights or path.suffix.lower() in folders.PICKLES or path.name in (MANIFEST, folders.SUMS)
-        if path.is_file() and not left and not path.name.startswith("."):
-            shutil.copyfile(path, staged / path.name)
     made_by = {**made_by, "code": code}
-    if adapter is None:
-        _copy_weights(source, staged)
-    elif any(source.glob(f"*{folders.SAFETENSORS}")):
-        made_by["merged"] = merge_adapter(source, source / adapter, staged)
-    else:
-        with tempfile.TemporaryDirectory(dir=staged.parent) as converted:
-            convert(source, Path(converted))
-            made_by["merged"] = merge_adapter(Path(converted), source / adapter, staged)
-    address = folders.publish(staged, name, to, made_by)
-    shutil.rmtree(staged, ignore_errors=True)
-    return address
+    with folders.staging(to, f"{name}-prepared") as staged:
+        shutil.rmtree(staged)
+        staged.mkdir()
+        for path in sorted(source.iterdir()):
+            weights = path.suffix == folders.SAFETENSORS or path.name.endswith(".index.json")
+            left = weights or path.suffix.lower() in folders.PICKLES or path.name in (MANIFEST, folders.SUMS)
+            if path.is_file() and not left and not path.name.startswith("."):
+                shutil.copyfile(path, staged / path.name)
+        if adapter is None:
+            _copy_weights(source, staged)
+        elif any(source.glob(f"*{folders.SAFETENSORS}")):
+            made_by["merged"] = merge_adapter(source, source / adapter, staged)
+        else:
+            with tempfile.TemporaryDirectory(".tmp", f".{staged.name}.", staged.parent) as converted:
+                convert(source, Path(converted))
+                made_by["merged"] = merge_adapter(Path(converted), source / adapter, staged)
+        return folders.publish(staged, name, to, made_by)
 
 
 def origin_of(folder: Path) -> tuple[str | None, str | None]:

@@ -86,19 +86,18 @@ def pull(reference: Reference, revision: str, to: str) -> Published:
             f"{reference.repository} publishes no safetensors at {commit}: take a revision that does, or download it "
             "by hand and convert it with `avrt models prepare`."
         )
-    staged = folders.staging(to, f"{reference.name}-{commit}")
-    with _hub_errors(reference.repository, commit, endpoint):
-        snapshot_download(
-            reference.repository, revision=commit, local_dir=staged, allow_patterns=wanted, endpoint=endpoint
-        )
-    shutil.rmtree(staged / ".cache", ignore_errors=True)
-    verify_downloads(staged, info, wanted)
     made_by = {"by": "avrt models pull", "model": reference.name, "revision": commit, "requested": revision}
-    if reference.adapter is not None:
-        address = prepare.publish_prepared(staged, reference.name, to, made_by, adapter=reference.adapter)
-    else:
-        address = folders.publish(staged, reference.name, to, {**made_by, "code": folders.code_of(staged)})
-    shutil.rmtree(staged, ignore_errors=True)
+    with folders.staging(to, f"{reference.name}-{commit}") as staged:
+        with _hub_errors(reference.repository, commit, endpoint):
+            snapshot_download(
+                reference.repository, revision=commit, local_dir=staged, allow_patterns=wanted, endpoint=endpoint
+            )
+        shutil.rmtree(staged / ".cache", ignore_errors=True)
+        verify_downloads(staged, info, wanted)
+        if reference.adapter is not None:
+            address = prepare.publish_prepared(staged, reference.name, to, made_by, adapter=reference.adapter)
+        else:
+            address = folders.publish(staged, reference.name, to, {**made_by, "code": folders.code_of(staged)})
     return Published(reference.name, commit, address)
 
 

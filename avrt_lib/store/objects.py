@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlparse
 from avrt_lib.config import StoreConfig
 from avrt_lib.errors import ConfigError, DataError, StoreError
 from avrt_lib.models import is_published, read_manifest, verify_manifest
-from avrt_lib.tables import MANIFEST, atomic_path, sha256_file
+from avrt_lib.tables import MANIFEST, atomic_path, locked, sha256_file
 
 if TYPE_CHECKING:
     from minio import Minio
@@ -171,9 +171,10 @@ def publish_model(folder: Path, name: str, store: StoreConfig, local_root: Path 
         if local_root is None:
             raise ConfigError("store.kind=local needs a folder to publish to.")
         target = local_root.absolute() / key
-        if not is_published(target, manifest):
-            with atomic_path(target) as temporary:
-                shutil.copytree(folder, temporary)
+        with locked(target):
+            if not is_published(target, manifest):
+                with atomic_path(target) as temporary:
+                    shutil.copytree(folder, temporary)
         return ModelPlace(target.as_uri(), sha256, len(files))
     with store_errors(f"Publishing {name} to s3://{store.bucket}/{key}"):
         connection = client()
@@ -243,23 +244,24 @@ def download_model(uri: str, target: Path) -> dict[str, Any]:
         StoreError: where the model cannot be fetched, or is not what its address and manifest say.
     """
     expected = PurePosixPath(urlparse(uri).path).name
-    if target.exists():
-        manifest = verify_manifest(target)
-        if manifest["content_sha256"] != expected:
-            raise StoreError(
-                f"{target} holds model {manifest['content_sha256']}, not {expected}: choose another folder."
-            )
-        return manifest
-    with atomic_path(target) as temporary:
-        temporary.mkdir()
-        _fetch(uri, temporary)
-        try:
-            _restore_empty_files(temporary)
-            manifest = verify_manifest(temporary)
-        except DataError as error:
-            raise StoreError(f"{uri} is not whole: {error}") from error
-        if manifest["content_sha256"] != expected:
-            raise StoreError(f"{uri} holds model {manifest['content_sha256']}: its address names another content.")
+    with contextlib.nullcontext() if target.exists() else locked(target):
+        if target.exists():
+            manifest = verify_manifest(target)
+            if manifest["content_sha256"] != expected:
+                raise StoreError(
+                    f"{target} holds model {manifest['content_sha256']}, not {expected}: choose another folder."
+                )
+            return manifest
+        with atomic_path(target) as temporary:
+            temporary.mkdir()
+            _fetch(uri, temporary)
+            try:
+                _restore_empty_files(temporary)
+                manifest = verify_manifest(temporary)
+            except DataError as error:
+                raise StoreError(f"{uri} is not whole: {error}") from error
+            if manifest["content_sha256"] != expected:
+                raise StoreError(f"{uri} holds model {manifest['content_sha256']}: its address names another content.")
     return manifest
 
 

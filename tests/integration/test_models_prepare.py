@@ -260,6 +260,14 @@ def test_importing_keeps_a_folder_and_publishes_the_same_bytes(tmp_path: Path) -
     ).read_bytes()
 
 
+def test_what_a_killed_preparation_left_is_gone_with_the_next(tmp_path: Path) -> None:
+    folder, to = hub_layouts.save_qwen(tmp_path / "qwen"), tmp_path / "models"
+    for left in (".qwen-prepared.x1.tmp", "qwen-prepared"):
+        (to / ".incoming" / left).mkdir(parents=True)
+    prepare(folder, str(to), name=None, revision=None, adapter=None)
+    assert [path.name for path in (to / ".incoming").iterdir()] == [".qwen-prepared.lock"]
+
+
 def test_importing_again_finds_the_same_place(tmp_path: Path) -> None:
     folder = hub_layouts.save_qwen(tmp_path / "qwen")
     first = import_folder(folder, str(tmp_path / "models"))

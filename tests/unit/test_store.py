@@ -104,6 +104,15 @@ def test_a_published_model_that_lost_its_manifest_gets_it_again_once_its_files_a
     assert not (kept / MANIFEST).exists()
 
 
+def test_what_killed_writers_left_is_gone_with_the_next(model: Path, tmp_path: Path) -> None:
+    sha256 = read_json(model / MANIFEST)["content_sha256"]
+    left = [tmp_path / f"store/models/student/.{sha256}.0.tmp", tmp_path / ".down.0.tmp"]
+    for folder in left:
+        folder.mkdir(parents=True)
+    store.download_model(store.publish_model(model, "student", LOCAL, tmp_path / "store").uri, tmp_path / "down")
+    assert not [folder for folder in left if folder.exists()]
+
+
 def test_a_folder_that_is_not_its_manifest_is_refused(model: Path, tmp_path: Path) -> None:
     (model / "weights.safetensors").write_bytes(b"x")
     with pytest.raises(DataError, match=r"weights\.safetensors"):
@@ -157,7 +166,7 @@ def test_a_model_that_was_changed_together_with_its_manifest_is_refused(
 def test_addresses_that_cannot_be_fetched(uri: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=said):
         store.download_model(uri, tmp_path / "down")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".down.lock"]
 
 
 def test_another_model_in_the_target_is_not_overwritten(model: Path, tmp_path: Path) -> None:

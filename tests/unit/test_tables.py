@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from avrt_lib.tables import (
     atomic_path,
     content_hash,
     hash_folder,
+    locked,
     place_folder,
     read_json,
     read_rows,
@@ -252,6 +254,41 @@ def test_any_other_failure_leaves_nothing_behind(error: BaseException, tmp_path:
         write()
     assert names(tmp_path) == ["f"]
     assert (tmp_path / "f").read_text() == "old"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from avrt_lib.tables import atomic_path, locked
+
+target = Path(sys.argv[1])
+with locked(target), atomic_path(target) as temporary:
+    temporary.mkdir()
+    (temporary / "half").touch()
+    print(temporary.name, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_writer_and_what_a_killed_one_left_is_gone_with_the_next(tmp_path: Path) -> None:
+    target = tmp_path / "a.b"
+    others = {".a.b.c.1.tmp", ".a.b", ".a.1.tmp"}
+    for name in others:
+        (tmp_path / name).mkdir()
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert writer.stdout is not None
+        left = writer.stdout.readline().strip()
+        with open(tmp_path / ".a.b.lock") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert (tmp_path / left / "half").exists()
+    with locked(target):
+        assert set(names(tmp_path)) == {".a.b.lock", *others}
 
 
 def test_json_is_refused_where_it_would_not_be_json(tmp_path: Path) -> None:
