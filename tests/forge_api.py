@@ -109,17 +109,36 @@ class _Handler(BaseHTTPRequestHandler):
         if self._let_in():
             self._answer(*self._created(asked))
 
+    def do_PATCH(self) -> None:
+        self._edit()
+
+    def do_PUT(self) -> None:
+        self._edit()
+
+    def _edit(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        path, _, number = self.path.rpartition("/")
+        forge = self.server_forge
+        if self._let_in(path):
+            if self.command != ("PUT" if forge.kind == "gitlab" else "PATCH"):
+                self._answer(405, {"message": "405 Method Not Allowed"})
+                return
+            (pull,) = (pull for pull in forge.pulls if str(pull.number) == number)
+            pull.title = asked.get("title", pull.title)
+            pull.body = asked.get("description" if forge.kind == "gitlab" else "body", pull.body)
+            self._answer(201 if forge.kind == "gitea" else 200, self._shown(pull))
+
     @property
     def _query(self) -> str:
         return urlsplit(self.path).query
 
-    def _let_in(self) -> bool:
+    def _let_in(self, path: str | None = None) -> bool:
         forge = self.server_forge
         if forge.failing:
             self._answer(forge.failing.pop(0), {"message": "Try again later"})
         elif self.headers["Authorization"] != f"{_SCHEME[forge.kind]} {TOKEN}":
             self._answer(401, {"message": "Bad credentials" if forge.kind == "github" else "401 Unauthorized"})
-        elif urlsplit(self.path).path != _PULLS[forge.kind]:
+        elif (path or urlsplit(self.path).path) != _PULLS[forge.kind]:
             self._answer(404, {"message": "Not Found" if forge.kind != "gitlab" else "404 Project Not Found"})
         else:
             return True
@@ -174,6 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "id": 1000 + pull.number,
                 "iid": pull.number,
                 "title": pull.title,
+                "description": pull.body,
                 "state": "opened" if pull.is_open else "closed",
                 "source_branch": pull.branch,
                 "target_branch": pull.base,
@@ -184,6 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
             "id": 1000 + pull.number,
             "number": pull.number,
             "title": pull.title,
+            "body": pull.body,
             "state": "open" if pull.is_open else "closed",
             "head": {"ref": pull.branch},
             "base": {"ref": pull.base},

@@ -24,6 +24,8 @@ _PAGE = 50
 def open_pull_request(config: DeploymentConfig, branch: str, title: str, body: str) -> str:
     """Ask for a branch to be merged into the followed one; a pull request that is open already is found again.
 
+    One whose text does not hold the body, since the branch was pushed anew, gets the body; its title stays.
+
     Args:
         config: the repository, its followed branch, and the forge.
         branch: what is to be merged.
@@ -52,6 +54,10 @@ class _Busy(ServingError):
 
 
 class _Forge(ABC):
+    #: Where a pull request has its address for people, its number and its text.
+    _URL, _NUMBER, _BODY = "html_url", "number", "body"
+    _EDIT = "PATCH"
+
     def __init__(self, client: httpx.Client, address: str, project: str) -> None:
         self._client = client
         self._address = address
@@ -67,13 +73,18 @@ class _Forge(ABC):
         """What every request carries."""
         return {"Authorization": f"Bearer {token}"}
 
+    @property
     @abstractmethod
-    def find(self, branch: str, base: str) -> str | None:
-        """The address of the open pull request, or None."""
+    def pulls(self) -> str:
+        """The path of the project's pull requests."""
 
     @abstractmethod
-    def create(self, branch: str, base: str, title: str, body: str) -> str | None:
-        """The address of a new pull request, or None where there is one by now."""
+    def find(self, branch: str, base: str) -> dict[str, Any] | None:
+        """The open pull request, or None."""
+
+    @abstractmethod
+    def create(self, branch: str, base: str, title: str, body: str) -> dict[str, Any] | None:
+        """A new pull request, or None where there is one by now."""
 
     def open(self, branch: str, base: str, title: str, body: str) -> str:
         """Find the open pull request, or make it. What was asked in vain may have been heard, so it is looked for."""
@@ -81,13 +92,21 @@ class _Forge(ABC):
         while True:
             tries += 1
             try:
-                if address := self.find(branch, base) or self.create(branch, base, title, body):
-                    return address
+                if found := self.find(branch, base):
+                    self._tell(found, body)
+                if pull := found or self.create(branch, base, title, body):
+                    return str(pull[self._URL])
                 raise _Busy(f"{self._address} has a pull request of {branch}, but does not show it.")
             except _Busy:
                 if tries == _TRIES:
                     raise
                 time.sleep(2**tries / 4)
+
+    def _tell(self, pull: dict[str, Any], body: str) -> None:
+        """Give a pull request its text, unless it holds it: what people have written around it stays then."""
+        # Forges, and the fields of their pages, have ends of lines of their own.
+        if " ".join(body.split()) not in " ".join((pull[self._BODY] or "").split()):
+            self.request(self._EDIT, f"{self.pulls}/{pull[self._NUMBER]}", json={self._BODY: body})
 
     def request(self, method: str, path: str, known: Mapping[int, str] | None = None, **more: Any) -> Any:
         """Ask the API.
@@ -140,32 +159,37 @@ class _GitHub(_Forge):
             "X-GitHub-Api-Version": "2022-11-28",
         }
 
-    def find(self, branch: str, base: str) -> str | None:
+    def find(self, branch: str, base: str) -> dict[str, Any] | None:
         head = f"{self._project.split('/')[0]}:{branch}"
-        found = self.request("GET", self._pulls, params={"state": "open", "head": head, "base": base})
-        return str(found[0]["html_url"]) if found else None
+        found: list[dict[str, Any]] = self.request(
+            "GET", self.pulls, params={"state": "open", "head": head, "base": base}
+        )
+        return found[0] if found else None
 
-    def create(self, branch: str, base: str, title: str, body: str) -> str | None:
+    def create(self, branch: str, base: str, title: str, body: str) -> dict[str, Any] | None:
         asked = {"title": title, "head": branch, "base": base, "body": body}
-        made = self.request("POST", self._pulls, {422: "already exists"}, json=asked)
-        return str(made["html_url"]) if made else None
+        made: dict[str, Any] | None = self.request("POST", self.pulls, {422: "already exists"}, json=asked)
+        return made
 
     @property
-    def _pulls(self) -> str:
+    def pulls(self) -> str:
         return f"/repos/{self._project}/pulls"
 
 
 class _GitLab(_Forge):
+    _URL, _NUMBER, _BODY = "web_url", "iid", "description"
+    _EDIT = "PUT"
+
     @staticmethod
     def api(host: str) -> str:
         return f"https://{host}/api/v4"
 
-    def find(self, branch: str, base: str) -> str | None:
+    def find(self, branch: str, base: str) -> dict[str, Any] | None:
         asked = {"state": "opened", "source_branch": branch, "target_branch": base}
-        found = self.request("GET", self._requests, params=asked)
-        return str(found[0]["web_url"]) if found else None
+        found: list[dict[str, Any]] = self.request("GET", self.pulls, params=asked)
+        return found[0] if found else None
 
-    def create(self, branch: str, base: str, title: str, body: str) -> str | None:
+    def create(self, branch: str, base: str, title: str, body: str) -> dict[str, Any] | None:
         asked = {
             "source_branch": branch,
             "target_branch": base,
@@ -173,11 +197,11 @@ class _GitLab(_Forge):
             "description": body,
             "remove_source_branch": True,
         }
-        made = self.request("POST", self._requests, {409: "already exists"}, json=asked)
-        return str(made["web_url"]) if made else None
+        made: dict[str, Any] | None = self.request("POST", self.pulls, {409: "already exists"}, json=asked)
+        return made
 
     @property
-    def _requests(self) -> str:
+    def pulls(self) -> str:
         return f"/projects/{quote(self._project, safe='')}/merge_requests"
 
 
@@ -190,24 +214,25 @@ class _Gitea(_Forge):
     def headers(token: str) -> dict[str, str]:
         return {"Authorization": f"token {token}"}
 
-    def find(self, branch: str, base: str) -> str | None:
+    def find(self, branch: str, base: str) -> dict[str, Any] | None:
         page = 1
         while True:
-            found = self.request("GET", self._pulls, params={"state": "open", "limit": _PAGE, "page": page})
+            asked = {"state": "open", "limit": _PAGE, "page": page}
+            found: list[dict[str, Any]] = self.request("GET", self.pulls, params=asked)
             for pull in found:
                 if (pull["head"]["ref"], pull["base"]["ref"]) == (branch, base):
-                    return str(pull["html_url"])
+                    return pull
             if not found:
                 return None
             page += 1
 
-    def create(self, branch: str, base: str, title: str, body: str) -> str | None:
+    def create(self, branch: str, base: str, title: str, body: str) -> dict[str, Any] | None:
         asked = {"title": title, "head": branch, "base": base, "body": body}
-        made = self.request("POST", self._pulls, {409: "already exists"}, json=asked)
-        return str(made["html_url"]) if made else None
+        made: dict[str, Any] | None = self.request("POST", self.pulls, {409: "already exists"}, json=asked)
+        return made
 
     @property
-    def _pulls(self) -> str:
+    def pulls(self) -> str:
         return f"/repos/{self._project}/pulls"
 
 

@@ -281,18 +281,36 @@ def test_a_merged_pull_request_is_the_end_of_it(remote: Path, tmp_path: Path) ->
             Model(2, "0ld").promote(config, tmp_path)
 
 
-def test_a_pull_request_is_renewed_where_its_ground_has_moved(remote: Path, tmp_path: Path) -> None:
-    """Otherwise it could not be merged."""
-    with ForgeServer("github", remote) as forge:
+@pytest.mark.parametrize("kind", FORGES)
+def test_a_pull_request_is_renewed_where_its_ground_has_moved(remote: Path, tmp_path: Path, kind: str) -> None:
+    """Otherwise it could not be merged, and would say what its commit does not."""
+    with ForgeServer(kind, remote) as forge:
         config = configured(remote, **forge.settings)
         before = Model(3).promote(config, tmp_path)
         Model(2, "f00").promote(configured(remote), tmp_path)
+        (pull,) = forge.pulls
+        pull.title = f"Draft: {pull.title}"
         after = Model(3).promote(config, tmp_path)
         assert after.pull_request == before.pull_request
         assert after.commit != before.commit
         assert len(forge.pulls) == 1
     assert git(remote, "rev-parse", f"{after.commit}^") == git(remote, "rev-parse", "main")
     assert "brings back version 2" in git(remote, "log", "-1", "--format=%B", after.commit)
+    assert "brings back version 2" in pull.body
+    assert pull.title == "Draft: Promote avrt-miniature version 3: abcdef123456"
+
+
+def test_what_people_write_around_the_text_of_a_pull_request_stays(remote: Path, tmp_path: Path) -> None:
+    with ForgeServer("github", remote) as forge:
+        config = configured(remote, **forge.settings)
+        Model().promote(config, tmp_path)
+        (pull,) = forge.pulls
+        pull.body = written = f"For Monday.\r\n{pull.body.replace(chr(10), chr(13) + chr(10))}\r\n- [x] looked at"
+        Model().promote(config, tmp_path)
+        assert pull.body == written
+        pull.body = ""
+        Model().promote(config, tmp_path)
+        assert "git revert --no-edit" in pull.body
 
 
 @pytest.mark.parametrize(
