@@ -107,16 +107,9 @@ def named(cluster: Cluster, profile: Profile) -> Iterator[Check]:
         name = profile.store.ca_config_map
         mend = f"kubectl --namespace {namespace} create configmap {name} --from-file={profile.store.ca_key}"
         wanted.append(_Wanted(f"Config map {name}", core.read_namespaced_config_map, name, namespace, mend))
-    for volume in profile.volumes:
-        wanted.append(
-            _Wanted(
-                f"Claim {volume.claim}",
-                core.read_namespaced_persistent_volume_claim,
-                volume.claim,
-                namespace,
-                "make it, or take it out of the profile's volumes",
-            )
-        )
+    for claim in dict.fromkeys(volume.claim for volume in profile.volumes):
+        mend = "make it, or take it out of the profile's volumes"
+        wanted.append(_Wanted(f"Claim {claim}", core.read_namespaced_persistent_volume_claim, claim, namespace, mend))
     for each in wanted:
         try:
             found = cluster.ask(each.method, each.name, each.namespace)

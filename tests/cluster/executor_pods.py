@@ -127,23 +127,24 @@ def _environment(container: dict[str, Any], placed: dict[str, Any]) -> list[clie
 
 
 def _volumes(placed: dict[str, Any]) -> tuple[list[client.V1Volume], list[client.V1VolumeMount]]:
-    volumes, mounts = [], []
+    volumes: dict[str, client.V1Volume] = {}  # Argo merges those of one name
+    mounts = []
     for each in placed.get("emptyDirMounts", []):
         source = client.V1EmptyDirVolumeSource(medium=each.get("medium"), size_limit=each.get("sizeLimit"))
-        volumes.append(client.V1Volume(name=each["volumeName"], empty_dir=source))
+        volumes[each["volumeName"]] = client.V1Volume(name=each["volumeName"], empty_dir=source)
         mounts.append(client.V1VolumeMount(name=each["volumeName"], mount_path=each["mountPath"]))
     for each in placed.get("pvcMount", []):
         claim = client.V1PersistentVolumeClaimVolumeSource(claim_name=each["constant"])
-        volumes.append(client.V1Volume(name=each["constant"], persistent_volume_claim=claim))
+        volumes[each["constant"]] = client.V1Volume(name=each["constant"], persistent_volume_claim=claim)
         mounts.append(
             client.V1VolumeMount(name=each["constant"], mount_path=each["mountPath"], sub_path=each.get("subPath"))
         )
     for each in placed.get("configMapAsVolume", []):
         name = each["configMapName"]  # the volume's too: the driver takes it for both
         source = client.V1ConfigMapVolumeSource(name=name, optional=each["optional"])
-        volumes.append(client.V1Volume(name=name, config_map=source))
+        volumes[name] = client.V1Volume(name=name, config_map=source)
         mounts.append(client.V1VolumeMount(name=name, mount_path=each["mountPath"]))
-    return volumes, mounts
+    return list(volumes.values()), mounts
 
 
 def _security(context: dict[str, Any]) -> client.V1SecurityContext:

@@ -15,6 +15,7 @@ from avrt_lib.cluster.profile import ROLES, Pool, Profile, amount, step_secrets
 from avrt_lib.config import load
 from avrt_lib.steps import STEPS
 from pipelines.compile import compile_pipeline
+from tests.cluster import executor_pods
 from tests.golden.compiled import (
     CONFIGS,
     GOLDEN,
@@ -299,6 +300,15 @@ def test_another_process_compiles_the_same_bytes_without_a_warning(root: Path, t
     assert "warning" not in done.stderr.lower()
     for case in CASES:
         assert (tmp_path / f"{'_'.join(case)}.yaml").read_bytes() == compiled_bytes(case), case
+
+
+def test_a_claim_at_two_places_is_one_volume_of_a_pod(tmp_path: Path) -> None:
+    volumes = [{"claim": "data", "mount_path": f"/{name}", "sub_path": name} for name in ("train", "test")]
+    found = changed("test", {"volumes": volumes}, {}, tmp_path)
+    spec = executor_pods.pod(found, "exec-ingest", "ingest", "run").spec
+    (volume,) = (each for each in spec.volumes if each.persistent_volume_claim)
+    places = [(each.mount_path, each.sub_path) for each in spec.containers[0].volume_mounts if each.name == volume.name]
+    assert places == [("/train", "train"), ("/test", "test")]
 
 
 def test_a_deadline_is_that_of_the_whole_run(tmp_path: Path) -> None:

@@ -139,6 +139,13 @@ def test_the_stores_ca_has_the_key_that_the_profile_names(key: str, status: str)
     assert profile("openshift-ai").store.ca_key == "service-ca.crt"
 
 
+def test_a_claim_that_is_mounted_twice_is_looked_for_once() -> None:
+    volumes = [{"claim": "data", "mount_path": f"/{name}", "sub_path": name} for name in ("train", "test")]
+    found = client.V1PersistentVolumeClaim(status=client.V1PersistentVolumeClaimStatus(phase="Bound"))
+    cluster: Any = SimpleNamespace(inside=True, core=client.CoreV1Api(), ask=lambda *_: found)
+    assert [check.name for check in named(cluster, profile(volumes=volumes))] == ["Claim data"]
+
+
 def test_no_environment_holds_a_credential() -> None:
     pools = {"teacher": profile().pools["teacher"].model_dump() | {"environment": {"HF_TOKEN": "x"}}}
     with pytest.raises(ValidationError, match=r"pools\.teacher\.environment\.HF_TOKEN looks like a credential"):
