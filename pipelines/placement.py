@@ -6,8 +6,9 @@ What the backend was seen to do shaped this:
   (``backoff_max_duration``), and only a whole ``backoff_factor`` is understood.
 - Timeouts count from the pod's start; a pod that waits for a node waits for ever, which ``avrt submit`` watches.
 - None of these settings is part of the cache's key.
-- A pod that names a missing secret or config map is not started, and says so nowhere in the backend's API. The first
-  step, which looks for them, and the last one, which tells how the run ended, start without.
+- A pod that names a missing secret, config map or claim is not started, and says so nowhere in the backend's API. The
+  first step, which looks for them, and the last one, which tells how the run ended, start without; of the claims the
+  first one mounts those that hold what it reads: folders of data and models.
 - The driver pods that Kubeflow Pipelines puts before each task take none of it.
 """
 
@@ -22,10 +23,12 @@ from avrt_lib.cluster.profile import (
     VARIABLE,
     Pool,
     Profile,
+    Volume,
     endpoint_of,
     step_secrets,
 )
 from avrt_lib.config import Config
+from avrt_lib.preflight.fit import volumes_read
 
 STEP_LABEL = "avrt.dev/step"
 #: Steps that start without the secrets and config maps of the profile, and say what is missing.
@@ -56,6 +59,15 @@ def place(task: Any, step: str, profile: Profile, config: Config, *, data_hash: 
         optional = step in LENIENT or secret == profile.api_key_secret
         kubernetes.use_secret_as_env(task, secret, keys, optional=optional)
     _pod(task, step, profile)
+    for volume in _volumes(step, profile, config):
+        kubernetes.mount_pvc(task, volume.claim, volume.mount_path, volume.sub_path)
+
+
+def _volumes(step: str, profile: Profile, config: Config) -> list[Volume]:
+    """A pod whose claim is missing does not start: what tells of it takes no more of them than it reads."""
+    if step == "run_summary":
+        return []
+    return volumes_read(config, profile) if step == "preflight" else profile.volumes
 
 
 def _nodes(task: Any, pool: Pool) -> None:
@@ -122,8 +134,6 @@ def _pod(task: Any, step: str, profile: Profile) -> None:
         kubernetes.add_pod_label(task, key, value)
     for key, value in profile.annotations.items():
         kubernetes.add_pod_annotation(task, key, value)
-    for volume in profile.volumes if step != "run_summary" else ():  # a claim that is gone must not silence it
-        kubernetes.mount_pvc(task, volume.claim, volume.mount_path, volume.sub_path)
     if profile.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(profile.image_pull_secrets))
     kubernetes.set_image_pull_policy(task, profile.image_pull_policy)

@@ -142,7 +142,7 @@ class Pool(Section):
 
 
 class Volume(Section):
-    """A claim that is there already, mounted in every pod of the run: data sets, prepared models.
+    """A claim that is there already, mounted in the pods of the run: data sets, prepared models.
 
     A claim may be mounted at several places, with a ``sub_path`` each. The backend's driver then asks for as many
     volumes of the claim's name, and Argo, which merges them into the pod as a strategic patch, makes one of them.

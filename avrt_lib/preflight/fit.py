@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import PurePosixPath
+from urllib.parse import urlsplit
 
-from avrt_lib.cluster.profile import Profile, Role
+from avrt_lib.cluster.profile import Profile, Role, Volume
 from avrt_lib.config import Config
 from avrt_lib.errors import ConfigError
 from avrt_lib.preflight.checks import FAILED, OK, WARNING, Check, engines
@@ -120,17 +122,34 @@ def _keys(config: Config, variables: set[str]) -> Iterator[Check]:
             )
 
 
+def volumes_read(config: Config, profile: Profile) -> list[Volume]:
+    """The profile's volumes that hold a folder which the configuration names: preflight looks into these."""
+    paths = _folders(config).values()
+    return [volume for volume in profile.volumes if any(_holds(volume, path) for path in paths)]
+
+
 def _paths(config: Config, profile: Profile) -> Iterator[Check]:
     """Folders that a step reads must be on a volume; they may also be part of an image of one's own."""
+    for key, path in _folders(config).items():
+        if not any(_holds(volume, path) for volume in profile.volumes):
+            mend = "put it on a claim and name that in the profile's volumes" + (
+                ", or publish the model with `avrt models`" if key.endswith(".model") else ""
+            )
+            yield Check(f"Path {key}", WARNING, f"{path} is on none of the profile's volumes", mend)
+
+
+def _folders(config: Config) -> dict[str, str]:
+    """The folders that a configuration names, by key."""
     from avrt_lib.licences import loaded_models
     from avrt_lib.runs import sources
 
     paths = {f"data.{name}.path": source.path for name, source in sources(config).items() if source.path}
     paths |= {f"{key}.model": part.model for key, part in loaded_models(config).items() if ":" not in part.model}
-    mounts = [volume.mount_path.rstrip("/") for volume in profile.volumes]
-    for key, path in paths.items():
-        if not any(path == mount or path.startswith(f"{mount}/") for mount in mounts):
-            mend = "put it on a claim and name that in the profile's volumes" + (
-                ", or publish the model with `avrt models`" if key.endswith(".model") else ""
-            )
-            yield Check(f"Path {key}", WARNING, f"{path} is on none of the profile's volumes", mend)
+    repository = urlsplit(config.deployment.manifests_url or "")
+    if config.deployment.target == "git" and repository.scheme == "file":
+        paths["deployment.manifests_url"] = repository.path
+    return paths
+
+
+def _holds(volume: Volume, path: str) -> bool:
+    return PurePosixPath(path).is_relative_to(volume.mount_path)

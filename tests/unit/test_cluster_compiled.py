@@ -262,6 +262,8 @@ def test_pods_are_labelled_and_secured(case: Case) -> None:
         assert container["image"] == getattr(IMAGES, STEPS[step].image), step
         claims = {each["constant"]: each["mountPath"] for each in placed.get("pvcMount", [])}
         mounted = {} if step == "run_summary" else {each.claim: each.mount_path for each in profile.volumes}
+        if step == "preflight":  # it reads the data, and the models of these configurations are no folders
+            mounted = {c: place for c, place in mounted.items() if case.config != "miniature" and place == "/data"}
         assert claims == mounted, step
         trusted = [each["configMapName"] for each in placed.get("configMapAsVolume", [])]
         assert trusted == ([profile.store.ca_config_map] if profile.store.ca_config_map else []), step

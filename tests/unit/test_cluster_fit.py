@@ -14,7 +14,7 @@ from avrt_lib.cluster.profile import Pool, Profile, load_profile, secret_variabl
 from avrt_lib.config import load
 from avrt_lib.preflight.admin import _quota, retry_policy
 from avrt_lib.preflight.checks import Check
-from avrt_lib.preflight.fit import fit
+from avrt_lib.preflight.fit import fit, volumes_read
 from avrt_lib.preflight.nodes import pool_check
 from avrt_lib.preflight.objects import named
 
@@ -113,6 +113,19 @@ def test_folders_are_on_volumes() -> None:
     found = profile("onprem-h100")
     settings = {"student.model": "/models/student", "data.train": {"format": "avqa", "path": "/datasets/train"}}
     assert failing(checked(found, **settings)) == ["Path data.train.path"], "/datasets is not on /data"
+
+
+def test_volumes_are_read_where_the_configuration_names_a_folder_on_them() -> None:
+    volumes = [{"claim": path.strip("/"), "mount_path": path} for path in ("/data", "/models/", "/repository", "/more")]
+    settings = {
+        "student.model": "/models/student",
+        "data.train": {"format": "avqa", "path": "/data"},
+        "data.validation": {"format": "avqa", "path": "/moreover"},
+        "deployment.target": "git",
+        "deployment.manifests_url": "file:///repository/manifests.git",
+    }
+    found = volumes_read(load(CONFIGS / "miniature.yaml", settings), profile(volumes=volumes))
+    assert [volume.claim for volume in found] == ["data", "models", "repository"]
 
 
 def test_secrets_are_named_once_with_all_their_keys() -> None:
