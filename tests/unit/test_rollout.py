@@ -124,13 +124,18 @@ def champion(uri: str = OLD, **more: str) -> Document:
     }
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Memory:
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing in memory takes long."""
     monkeypatch.setattr(lease, "DURATION_S", 1.0)
     monkeypatch.setattr(lease, "RENEW_S", 0.05)
     monkeypatch.setattr(lease, "_POLL_S", 0.02)
     monkeypatch.setattr(inference_service, "POLL_S", 0.01)
     monkeypatch.setattr(inference_service, "PATIENCE_S", 0.03)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    quickly(monkeypatch)
     return Memory()
 
 
@@ -150,6 +155,27 @@ def roll(cluster: Memory, check: Any = lambda _: None, wanted: Wanted = WANTED) 
 
 def back(cluster: Memory) -> Status:
     return rollback(cluster, NAME, timeout_s=0.2)  # type: ignore[arg-type]
+
+
+def killed_after(cluster: Memory, changes: int, wanted: Wanted = WANTED) -> None:
+    """A rollout that is killed with this one of its changes."""
+    cluster.kill_after = len(cluster.changes) + changes
+    with pytest.raises(Killed):
+        roll(cluster, wanted=wanted)
+
+
+def stored(cluster: Memory) -> Document:
+    """The champion."""
+    found = cluster.service(NAME)
+    assert found is not None
+    return found
+
+
+def with_other_settings() -> Wanted:
+    """The wanted model with other arguments."""
+    other = to_uri(champion(), NEW, "7")
+    other.service["spec"]["predictor"]["model"]["args"] = ["--frames=8"]
+    return other
 
 
 def test_the_order_of_a_rollout(running: Memory) -> None:
@@ -173,22 +199,17 @@ def test_a_second_call_changes_nothing(running: Memory) -> None:
 
 def test_the_champion_tells_what_it_was(running: Memory) -> None:
     roll(running)
-    stored = running.service(NAME)
-    assert stored is not None
-    before = json.loads(annotations_of(stored)[PREVIOUS])
+    now = annotations_of(stored(running))
+    before = json.loads(now[PREVIOUS])
     assert (before["uri"], before["annotations"]) == (OLD, {"avrt/model-version": "6"})
-    assert annotations_of(stored)["avrt/model-version"] == "7"
+    assert now["avrt/model-version"] == "7"
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_a_rollout_that_was_killed_goes_on(running: Memory, after: int) -> None:
-    running.kill_after = after
-    with pytest.raises(Killed):
-        roll(running)
+    killed_after(running, after)
     assert roll(running).uri == NEW
-    stored = running.service(NAME)
-    assert stored is not None
-    assert json.loads(annotations_of(stored)[PREVIOUS])["uri"] == OLD
+    assert json.loads(annotations_of(stored(running))[PREVIOUS])["uri"] == OLD
     assert running.service(NAME + CANDIDATE) is None
     assert [change for change in running.changes if change[0] == "replace"] == [("replace", NAME, NEW)]
 
@@ -206,9 +227,7 @@ def test_a_rollout_that_was_killed_in_its_check_asks_again(running: Memory) -> N
 
 
 def test_what_has_passed_is_not_asked_again(running: Memory) -> None:
-    running.kill_after = 2  # when the candidate goes
-    with pytest.raises(Killed):
-        roll(running)
+    killed_after(running, 2)  # when the candidate goes
 
     def never(_: Status) -> None:
         raise AssertionError
@@ -222,9 +241,7 @@ def test_a_candidate_that_fails_its_check_leaves_the_champion(running: Memory) -
 
     with pytest.raises(ServingError, match="champion is unchanged; the candidate failed: 1 of 3"):
         roll(running, refuse)
-    stored = running.service(NAME)
-    assert stored is not None
-    assert storage_uri(stored) == OLD
+    assert storage_uri(stored(running)) == OLD
     assert running.service(NAME + CANDIDATE) is None
 
 
@@ -241,9 +258,7 @@ def test_a_champion_that_does_not_come_up_is_set_back(running: Memory) -> None:
 
     with pytest.raises(ServingError, match=f"set back to {OLD}.*violates PodSecurity"):
         roll(running, breaks)
-    stored = running.service(NAME)
-    assert stored is not None
-    assert storage_uri(stored) == OLD
+    assert storage_uri(stored(running)) == OLD
 
 
 def test_the_first_champion_is_made_at_once(cluster: Memory) -> None:
@@ -260,16 +275,13 @@ def test_a_candidate_of_another_rollout_is_replaced(running: Memory) -> None:
 
 def test_a_change_by_somebody_else_is_not_written_over(running: Memory) -> None:
     def meanwhile(_: Status) -> None:
-        stored = running.service(NAME)
-        assert stored is not None
-        stored["spec"]["predictor"]["model"]["storageUri"] = "s3://avrt/models/third"
-        running.replace(stored)
+        now = stored(running)
+        now["spec"]["predictor"]["model"]["storageUri"] = "s3://avrt/models/third"
+        running.replace(now)
         raise Killed
 
     with pytest.raises(Killed):
         roll(running, meanwhile)
-    stored = running.service(NAME)
-    assert stored is not None
     with Lease(running, "other") as held, pytest.raises(ServingError, match="Somebody else changed"):  # type: ignore[arg-type]
         rollout._change(running, held, NAME, OLD, lambda each: each)  # type: ignore[arg-type]
 
@@ -292,10 +304,9 @@ def test_rollback_restores_all_of_the_predictor(running: Memory) -> None:
     wanted.service["spec"]["predictor"] = {"model": {"storageUri": NEW, "args": ["--frames=8"]}, "tolerations": []}
     roll(running, wanted=wanted)
     assert back(running).uri == OLD
-    stored = running.service(NAME)
-    assert stored is not None
-    assert stored["spec"] == champion()["spec"]
-    assert annotations_of(stored)["avrt/model-version"] == "6"
+    now = stored(running)
+    assert now["spec"] == champion()["spec"]
+    assert annotations_of(now)["avrt/model-version"] == "6"
 
 
 def test_a_second_rollback_does_not_go_forward(running: Memory) -> None:
@@ -305,36 +316,23 @@ def test_a_second_rollback_does_not_go_forward(running: Memory) -> None:
 
 def test_rollback_gives_up_a_rollout_that_was_killed(running: Memory) -> None:
     roll(running)
-    third = to_uri(champion(), "s3://avrt/models/third", None)
-    running.kill_after = len(running.changes) + 1
-    with pytest.raises(Killed):
-        roll(running, wanted=third)
+    killed_after(running, 1, to_uri(champion(), "s3://avrt/models/third", None))
     assert back(running).uri == NEW
     assert running.service(NAME + CANDIDATE) is None
 
 
 def test_rollback_gives_up_other_settings_of_the_same_model(running: Memory) -> None:
     roll(running)
-    other = to_uri(champion(), NEW, "7")
-    other.service["spec"]["predictor"]["model"]["args"] = ["--frames=8"]
-    running.kill_after = len(running.changes) + 1
-    with pytest.raises(Killed):
-        roll(running, wanted=other)
+    killed_after(running, 1, with_other_settings())
     assert back(running).uri == NEW
     assert running.service(NAME + CANDIDATE) is None
 
 
 def test_rollback_takes_other_settings_of_the_same_model_back(running: Memory) -> None:
     roll(running)
-    other = to_uri(champion(), NEW, "7")
-    other.service["spec"]["predictor"]["model"]["args"] = ["--frames=8"]
-    running.kill_after = len(running.changes) + 3  # when the champion changes
-    with pytest.raises(Killed):
-        roll(running, wanted=other)
+    killed_after(running, 3, with_other_settings())  # when the champion changes
     assert back(running).uri == NEW
-    stored = running.service(NAME)
-    assert stored is not None
-    assert stored["spec"]["predictor"]["model"]["args"] == ["--frames=4"]
+    assert stored(running)["spec"]["predictor"]["model"]["args"] == ["--frames=4"]
 
 
 def test_somebody_elses_service_of_the_candidates_name_is_not_removed(running: Memory) -> None:
@@ -478,6 +476,4 @@ def test_a_candidate_is_one_pod_under_its_own_name() -> None:
 
 
 def test_other_arguments_make_another_candidate() -> None:
-    other = to_uri(champion(), NEW, "7")
-    other.service["spec"]["predictor"]["model"]["args"] = ["--frames=8"]
-    assert next_stage(champion(), CANDIDATE_UP, other, {}) is Stage.CLEARING
+    assert next_stage(champion(), CANDIDATE_UP, with_other_settings(), {}) is Stage.CLEARING

@@ -14,12 +14,12 @@ import pytest
 
 from avrt_lib.config import DeploymentConfig
 from avrt_lib.errors import EnvironmentProblem, ServingError, UsageError
-from avrt_lib.serving import inference_service, lease, rollout, route
+from avrt_lib.serving import rollout, route
 from avrt_lib.serving.cluster import Conflict, Document, Documents
 from avrt_lib.serving.inference_service import State, Status
 from avrt_lib.serving.rollout import CANDIDATE, Stage, Wanted, next_stage, to_uri
 from avrt_lib.serving.route import Route, Split
-from tests.unit.test_rollout import NAME, NEW, OLD, Killed, Memory, back, champion, roll
+from tests.unit.test_rollout import NAME, NEW, OLD, Memory, back, champion, killed_after, quickly, roll
 
 ROUTE = "public"
 OURS, THEIRS = f"{NAME}-predictor", f"{NAME}{CANDIDATE}-predictor"
@@ -102,11 +102,8 @@ def rule(*names: str) -> Document:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Routed:
-    monkeypatch.setattr(lease, "DURATION_S", 1.0)
-    monkeypatch.setattr(lease, "RENEW_S", 0.05)
-    monkeypatch.setattr(lease, "_POLL_S", 0.02)
-    monkeypatch.setattr(inference_service, "PATIENCE_S", 0.03)
-    for module in (inference_service, rollout, route):
+    quickly(monkeypatch)
+    for module in (rollout, route):
         monkeypatch.setattr(module, "POLL_S", 0.01)
     monkeypatch.setattr(route, "TAKE_UP_S", 0.05)
     monkeypatch.setattr(route, "SETTLE_S", 0.0)
@@ -166,9 +163,7 @@ def test_a_candidate_that_was_made_without_a_share_is_replaced(cluster: Routed) 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4, 5])
 def test_a_shared_rollout_that_was_killed_goes_on(cluster: Routed, after: int) -> None:
-    cluster.kill_after = after
-    with pytest.raises(Killed):
-        shared(cluster)
+    killed_after(cluster, after, WANTED)
     assert shared(cluster).uri == NEW
     assert cluster.weights() == {OURS: 100}
     assert cluster.service(NAME + CANDIDATE) is None
@@ -176,36 +171,28 @@ def test_a_shared_rollout_that_was_killed_goes_on(cluster: Routed, after: int) -
 
 
 def test_killed_while_it_shares_it_shares_again_without_asking_first(cluster: Routed) -> None:
-    cluster.kill_after = 2
-    with pytest.raises(Killed):
-        shared(cluster)
+    killed_after(cluster, 2, WANTED)
     asked: list[dict[str, int]] = []
     shared(cluster, lambda _: asked.append(cluster.weights()))
     assert asked == [{OURS: 80, THEIRS: 20}]
 
 
 def test_another_rollout_takes_a_killed_ones_share_back_first(cluster: Routed) -> None:
-    cluster.kill_after = 2
-    with pytest.raises(Killed):
-        shared(cluster)
+    killed_after(cluster, 2, WANTED)
     cluster.changes.clear()
     assert roll(cluster, wanted=to_uri(champion(), "s3://avrt/models/third", None)).state is State.SERVING
     assert cluster.changes[:2] == [("weights", ROUTE, "100"), ("delete", NAME + CANDIDATE, None)]
 
 
 def test_rollback_takes_a_killed_ones_share_back(cluster: Routed) -> None:
-    cluster.kill_after = 2
-    with pytest.raises(Killed):
-        shared(cluster)
+    killed_after(cluster, 2, WANTED)
     cluster.changes.clear()
     assert back(cluster).uri == OLD
     assert cluster.changes == [("weights", ROUTE, "100"), ("delete", NAME + CANDIDATE, None)]
 
 
 def test_a_share_is_taken_back_when_the_lease_was_lost(cluster: Routed) -> None:
-    cluster.kill_after = 2
-    with pytest.raises(Killed):
-        shared(cluster)
+    killed_after(cluster, 2, WANTED)
     del cluster.objects[f"isvc/{NAME}{CANDIDATE}"], cluster.objects[f"lease/{NAME}-rollout"]
     cluster.changes.clear()
     shared(cluster)
@@ -213,9 +200,7 @@ def test_a_share_is_taken_back_when_the_lease_was_lost(cluster: Routed) -> None:
 
 
 def test_a_candidate_that_disappears_while_it_has_a_share_is_asked_anew(cluster: Routed) -> None:
-    cluster.kill_after = 2
-    with pytest.raises(Killed):
-        shared(cluster)
+    killed_after(cluster, 2, WANTED)
     cluster.delete(NAME + CANDIDATE)
     asked: list[str] = []
     shared(cluster, lambda candidate: asked.append(candidate.name))
