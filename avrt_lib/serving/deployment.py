@@ -225,12 +225,12 @@ def _kserve(
     from avrt_lib.promotion.manifest import inference_service, to_dict
     from avrt_lib.serving.cluster import Cluster
     from avrt_lib.serving.reach import reached
-    from avrt_lib.serving.rollout import Wanted, rollout
+    from avrt_lib.serving.rollout import of_manifest, rollout
     from avrt_lib.serving.route import Split
     from avrt_lib.store import ModelPlace
 
     service = inference_service(config, ModelPlace(decision["uri"], decision["sha256"], 0), decision["version"])
-    wanted = Wanted(to_dict(service), Split.of(config.deployment))
+    wanted = of_manifest(to_dict(service), Split.of(config.deployment))
 
     def told(line: str) -> None:
         log.info("%s", line)

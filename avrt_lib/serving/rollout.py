@@ -51,13 +51,15 @@ from avrt_lib.serving.route import Route, Split
 
 log = logging.getLogger("avrt.serving")
 
-#: What the champion was before, as JSON: uri, annotations (version, hash, run, data), predictor.
+#: Hash of the settings that were asked for, the model apart. The stored ones cannot tell: the cluster adds its own.
+SETTINGS = "avrt/settings"
+#: What the champion was before, as JSON: uri, annotations (version, hash, run, data, settings), predictor.
 PREVIOUS = "avrt/previous"
 #: The model that a rollback took away.
 ROLLED_BACK = "avrt/rolled-back-from"
 #: On a candidate: the champion that it belongs to.
 _OF = "avrt/candidate-of"
-_ORIGIN = (MODEL_VERSION, MODEL_SHA256, RUN, DATA)
+_ORIGIN = (MODEL_VERSION, MODEL_SHA256, RUN, DATA, SETTINGS)
 #: What the Lease notes: what has passed its check, and its time with real traffic, by fingerprint; the route that may
 #: lead to the candidate now; the model, and the stage, for people and for a rollback.
 _CHECKED, _SHARED, _ROUTE = "avrt/checked", "avrt/shared", "avrt/route"
@@ -100,8 +102,7 @@ class Wanted:
     @property
     def fingerprint(self) -> str:
         """Hash of everything that decides how the model is served."""
-        decides = [self.service["spec"], self.served_as] if self.split else self.service["spec"]
-        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        return _hash([self.service["spec"], self.served_as] if self.split else self.service["spec"])
 
     @property
     def served_as(self) -> str:
@@ -127,8 +128,17 @@ class Wanted:
         return service
 
 
+def of_manifest(service: Document, split: Split | None = None) -> Wanted:
+    """The champion as a manifest says: what it said before and does not say now is taken away."""
+    service = copy.deepcopy(service)
+    settings = copy.deepcopy(service["spec"])
+    settings["predictor"]["model"].pop("storageUri")
+    service["metadata"].setdefault("annotations", {})[SETTINGS] = _hash(settings)
+    return Wanted(service, split)
+
+
 def to_uri(champion: Document, uri: str, version: str | None, split: Split | None = None) -> Wanted:
-    """The champion as it is, with another model.
+    """The champion as it is, with another model; the settings stay those that were asked for.
 
     Raises:
         UsageError: where it is not of the form that names a model.
@@ -138,12 +148,13 @@ def to_uri(champion: Document, uri: str, version: str | None, split: Split | Non
             f"{champion['metadata']['name']} has no spec.predictor.model, so no other model can be put into it: it is "
             "not one of ours."
         )
+    kept = {key: value for key, value in annotations_of(champion).items() if key == SETTINGS}
     service: Document = {
         "apiVersion": champion["apiVersion"],
         "kind": champion["kind"],
         "metadata": {
             "name": champion["metadata"]["name"],
-            "annotations": {MODEL_VERSION: version} if version else {},
+            "annotations": kept | ({MODEL_VERSION: version} if version else {}),
             "labels": champion["metadata"].get("labels") or {},
         },
         "spec": copy.deepcopy(champion["spec"]),
@@ -378,7 +389,7 @@ def _change(cluster: Cluster, lease: Lease, name: str, uri: str, change: Callabl
     for attempt in range(1, _TRIES + 1):
         lease.check()
         service = cluster.service(name)
-        if made is not None and service is not None and _contains(service["spec"], made["spec"]):
+        if made is not None and service is not None and _contains(service, _decided(made)):
             return service  # it was changed, and the answer lost
         if service is None or storage_uri(service) != uri:
             raise ServingError(
@@ -474,8 +485,16 @@ def _remove(cluster: Cluster, name: str) -> None:
         time.sleep(POLL_S)
 
 
+def _decided(service: Document) -> Document:
+    """What a rollout decides of an InferenceService; of the settings that are taken away the annotations alone tell."""
+    return {"metadata": {"annotations": annotations_of(service)}, "spec": service["spec"]}
+
+
 def _is_set_to(champion: Document, wanted: Wanted) -> bool:
-    return annotations_of(champion).get(STOP) != "true" and _contains(champion["spec"], wanted.service["spec"])
+    now, asked = annotations_of(champion), annotations_of(wanted.service)
+    # A champion that was made by hand says nothing of what was asked for.
+    same = SETTINGS not in now or SETTINGS not in asked or now[SETTINGS] == asked[SETTINGS]
+    return now.get(STOP) != "true" and same and _contains(champion["spec"], wanted.service["spec"])
 
 
 def _contains(stored: Any, applied: Any) -> bool:
@@ -485,6 +504,10 @@ def _contains(stored: Any, applied: Any) -> bool:
     if isinstance(applied, list) and isinstance(stored, list):
         return len(stored) == len(applied) and all(map(_contains, stored, applied))
     return bool(stored == applied)
+
+
+def _hash(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _refuse_argo(champion: Document) -> None:

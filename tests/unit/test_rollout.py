@@ -16,7 +16,7 @@ from avrt_lib.serving import inference_service, lease, rollout
 from avrt_lib.serving.cluster import Conflict, Document, Documents
 from avrt_lib.serving.inference_service import SOURCE, State, Status, annotations_of, storage_uri
 from avrt_lib.serving.lease import Busy, Lease
-from avrt_lib.serving.rollout import CANDIDATE, PREVIOUS, Stage, Wanted, next_stage, rollback, to_uri
+from avrt_lib.serving.rollout import CANDIDATE, PREVIOUS, Stage, Wanted, next_stage, of_manifest, rollback, to_uri
 
 OLD, NEW = "s3://avrt/models/old", "s3://avrt/models/new"
 NAME = "champion"
@@ -43,6 +43,8 @@ class Memory:
         name = document["metadata"]["name"]
         stored = copy.deepcopy(document)
         stored["metadata"]["resourceVersion"] = str(self._clock)
+        if kind == "isvc":
+            stored["spec"]["predictor"]["model"].setdefault("name", "")  # the webhook adds it
         self.objects[f"{kind}/{name}"] = stored
         return copy.deepcopy(stored)
 
@@ -59,7 +61,6 @@ class Memory:
         if f"isvc/{service['metadata']['name']}" in self.objects:
             raise Conflict("exists")
         stored = self._store("isvc", service)
-        stored["spec"]["predictor"]["model"].setdefault("name", "")  # the webhook adds it
         self._changed("create", service["metadata"]["name"], storage_uri(service))
         return stored
 
@@ -286,27 +287,82 @@ def test_a_change_by_somebody_else_is_not_written_over(running: Memory) -> None:
         rollout._change(running, held, NAME, OLD, lambda each: each)  # type: ignore[arg-type]
 
 
-def test_a_status_that_is_written_meanwhile_is_no_hindrance(running: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _is_refused_at_first(monkeypatch: pytest.MonkeyPatch, cluster: Memory) -> None:
     refusals = iter([True, True, False])
-    store = running.replace
+    store = cluster.replace
 
     def replace(service: Document) -> Document:
         if next(refusals):
             raise Conflict("the object has been modified")
         return store(service)
 
-    monkeypatch.setattr(running, "replace", replace)
+    monkeypatch.setattr(cluster, "replace", replace)
+
+
+def test_a_status_that_is_written_meanwhile_is_no_hindrance(running: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    _is_refused_at_first(monkeypatch, running)
     assert roll(running).uri == NEW
 
 
 def test_rollback_restores_all_of_the_predictor(running: Memory) -> None:
-    wanted = to_uri(champion(), NEW, "7")
+    before, wanted = stored(running), to_uri(champion(), NEW, "7")
     wanted.service["spec"]["predictor"] = {"model": {"storageUri": NEW, "args": ["--frames=8"]}, "tolerations": []}
     roll(running, wanted=wanted)
     assert back(running).uri == OLD
     now = stored(running)
-    assert now["spec"] == champion()["spec"]
+    assert now["spec"] == before["spec"]
     assert annotations_of(now)["avrt/model-version"] == "6"
+
+
+def asked_for(uri: str, **predictor: Any) -> Wanted:
+    """What a configuration asks for: the champion with more of a predictor."""
+    service = champion(uri)
+    service["spec"]["predictor"] |= predictor
+    return of_manifest(service)
+
+
+def test_a_setting_that_is_not_asked_for_any_more_is_taken_away(cluster: Memory) -> None:
+    roll(cluster, wanted=asked_for(OLD, serviceAccountName="models", timeout=30))
+    assert "name" in stored(cluster)["spec"]["predictor"]["model"], "the cluster has added to what was asked for"
+    roll(cluster, wanted=asked_for(OLD, timeout=30))
+    assert stored(cluster)["spec"]["predictor"].keys() == {"minReplicas", "model", "timeout"}
+    cluster.changes.clear()
+    roll(cluster, wanted=asked_for(OLD, timeout=30))
+    assert cluster.changes == []
+    assert back(cluster).uri == OLD
+    assert stored(cluster)["spec"]["predictor"]["serviceAccountName"] == "models"
+    roll(cluster, wanted=asked_for(OLD, timeout=30))
+    assert "serviceAccountName" not in stored(cluster)["spec"]["predictor"]
+
+
+def test_settings_are_what_was_asked_for_whatever_the_model(cluster: Memory) -> None:
+    roll(cluster, wanted=asked_for(OLD, timeout=30))
+    roll(cluster, wanted=to_uri(stored(cluster), NEW, "7"))
+    cluster.changes.clear()
+    for wanted in (asked_for(NEW, timeout=30), to_uri(stored(cluster), NEW, "7")):
+        roll(cluster, wanted=wanted)
+    assert cluster.changes == []
+    roll(cluster, wanted=asked_for(NEW))
+    assert "timeout" not in stored(cluster)["spec"]["predictor"]
+
+
+def test_what_was_added_by_hand_stays_until_something_changes(running: Memory) -> None:
+    roll(running, wanted=asked_for(NEW))
+    now = stored(running)
+    now["spec"]["predictor"]["timeout"] = 30
+    running.replace(now)
+    running.changes.clear()
+    roll(running, wanted=asked_for(NEW))
+    assert running.changes == []
+
+
+def test_a_setting_is_taken_away_though_a_status_is_written_meanwhile(
+    cluster: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roll(cluster, wanted=asked_for(OLD, timeout=30))
+    _is_refused_at_first(monkeypatch, cluster)
+    roll(cluster, wanted=asked_for(OLD))
+    assert "timeout" not in stored(cluster)["spec"]["predictor"]
 
 
 def test_a_second_rollback_does_not_go_forward(running: Memory) -> None:
