@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -236,8 +236,8 @@ class SftConfig(OptimizerConfig):
     max_steps: int | None = Field(None, ge=1, description="a cap on the steps, whatever the epochs")
     target: Literal["reasoning", "answer"] = Field("reasoning", description="answer: the control without traces")
     modality_dropout: float = _sourced(0.0, OURS, ge=0, lt=1)
-    modality_dropout_types: list[str] | None = _sourced(
-        None, OURS, description="the question types that may lose a modality; all of them if not given"
+    modality_dropout_types: dict[str, Annotated[float, Field(ge=0, lt=1)]] = _sourced(
+        {}, OURS, description="another share for the questions of some types"
     )
     modality_dropout_vision_only: float = _sourced(
         0.5, OURS, ge=0, le=1, description="the share of those rows that lose the sound; the others lose the sight"
@@ -250,6 +250,14 @@ class SftConfig(OptimizerConfig):
     stop_type_low: float = _sourced(
         0.0, OURS, ge=0, lt=1, description="… and only where every common question type is at least this accurate"
     )
+    cooldown_from: float | None = _sourced(
+        None,
+        OURS,
+        gt=0,
+        lt=1,
+        description="from this validation accuracy on the rate falls to nothing; then it may stop",
+    )
+    cooldown_steps: int = _sourced(20, OURS, ge=1, description="within so many steps")
     validate_every_steps: int = _sourced(10, OURS, ge=1)
     validation_samples: int = Field(128, ge=1)
 
@@ -257,6 +265,8 @@ class SftConfig(OptimizerConfig):
     def _band(self) -> Self:
         if self.stop_low is not None and self.stop_low >= self.stop_high:
             raise ValueError("stop_low must be below stop_high")
+        if self.cooldown_from is not None and (self.stop_low is None or self.cooldown_from > self.stop_high):
+            raise ValueError("cooldown_from needs stop_low, and must not be above stop_high")
         return self
 
 
@@ -290,6 +300,9 @@ class GrpoConfig(OptimizerConfig):
     max_completion_tokens: int = _sourced(512, OURS, ge=8)
     modality_dropout: float = _sourced(
         0.0, OURS, ge=0, lt=1, description="the share of groups whose question loses its sound or its sight"
+    )
+    type_weights: dict[str, Annotated[float, Field(gt=0)]] = _sourced(
+        {}, OURS, description="how often questions of a type are asked, against the others; 1 for those not named"
     )
     reward: RewardConfig = Field(default_factory=RewardConfig)
 

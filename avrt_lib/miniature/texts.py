@@ -127,19 +127,21 @@ def comparison(rng: random.Random) -> tuple[str, str]:
 def conclusion(rng: random.Random) -> tuple[str, str]:
     """A request to say which line of a list speaks for its option in all that it says, and its answer.
 
-    Some ask for the lines up to that one as well. The lists are of the form in which options are weighed; what they say
-    has nothing to do with any clip.
+    Where none does it is the last. Some ask for the lines up to that one as well. The lists are of the form in which
+    options are weighed; what they say has nothing to do with any clip.
     """
     words = [*SIGHTS, *SOUNDS]
     count, per_line = rng.randint(2, 4), rng.choice((1, 2))
     right = rng.randrange(count)
+    one_speaks = rng.random() < 0.8
     lines = []
     for i in range(count):
         verdicts = ["yes"] * per_line
-        if i != right:
+        if i != right or not one_speaks:
             verdicts = [rng.choice(("yes", "no")) for _ in range(per_line)]
             verdicts[rng.randrange(per_line)] = "no"
         lines.append(f"{LETTERS[i]}. {' '.join(f'{rng.choice(words)} {verdict}' for verdict in verdicts)}")
+    right = right if one_speaks else count - 1
     answer = f"<answer>{LETTERS[right]}</answer>"
     if rng.random() < 0.5:
         return "\n".join(["Quote and conclude.", *lines]), "\n".join([*lines[: right + 1], answer])

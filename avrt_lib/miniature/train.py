@@ -1,7 +1,9 @@
 """Train the four tiny models from nothing and write their folders.
 
-python -m avrt_lib.miniature.train                        # all four, seed 0, into the package
-python -m avrt_lib.miniature.train student --out /tmp/s   # one of them, elsewhere
+python -m avrt_lib.miniature.train                                 # all four, into the package
+python -m avrt_lib.miniature.train student --seed 1 --out /tmp/s   # one of them, elsewhere
+
+The package's student is that of seed 1, the others of seed 0; each folder's manifest says it.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from avrt_lib.records import Sample
 from avrt_lib.tables import read_rows
 from avrt_lib.training import checkpoints, export, loop, rewards, student
 from avrt_lib.training.encoding import Encoder
+from avrt_lib.training.epochs import epochs
 from avrt_lib.training.grpo_trainer import AudioVisualGrpoTrainer, Prompt
 from avrt_lib.workspace import Workspace
 
@@ -97,6 +98,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
         beta=section.kl_beta,
         loss_type="grpo",
         scale_rewards="group",
+        shuffle_dataset=False,  # its order is the run's
         # A sampled placeholder would ask for features that do not exist.
         generation_kwargs={"suppress_tokens": learner.media_token_ids},
     )
@@ -114,7 +116,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
             model=learner.model,
             args=arguments,
             reward_funcs=rewards.rewards(section.reward),
-            train_dataset=dataset(rows, config, at_least=questions),
+            train_dataset=dataset(rows, config, questions=steps * questions),
             processing_class=learner.processor,
             callbacks=[loop.Reporting(bar, "grpo", _NOTES), saver],
         )
@@ -174,13 +176,18 @@ def condition(sample: Sample, step: int, *, seed: int, dropout: float) -> str:
     return draw.choice(("audio_only", "vision_only"))
 
 
-def dataset(rows: Sequence[Sample], config: Config, *, at_least: int = 1) -> Dataset:
-    """What TRL sees of the rows: the question as text, and what the rewards need. Media stay outside of Arrow.
+def dataset(rows: Sequence[Sample], config: Config, *, questions: int) -> Dataset:
+    """What TRL sees of a whole run: each question as text, and what the rewards need. Media stay outside of Arrow.
 
-    TRL's sampler leaves out a step that is not full, so rows that would not fill one (``at_least``) are repeated.
+    Args:
+        rows: the training questions.
+        config: read are ``student.prompt``, ``seed`` and ``grpo.type_weights``.
+        questions: how many the run asks; epochs of the rows follow one another until there are so many.
     """
     texts = [prompts.question_prompt("student", config.student.prompt, s.question, s.options) for s in rows]
-    order = list(range(len(rows))) * math.ceil(at_least / len(rows))
+    types = [sample.question_type for sample in rows]
+    passes = epochs(types, seed=config.seed, weights=config.grpo.type_weights)
+    order = list(islice(chain.from_iterable(indices for indices, _ in passes), questions))
     return Dataset.from_dict(
         {
             "prompt": [[{"role": "user", "content": texts[i]}] for i in order],

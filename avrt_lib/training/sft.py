@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from avrt_lib.records import LETTERS, Merged, Sample
 from avrt_lib.tables import read_rows
 from avrt_lib.training import checkpoints, export, loop, student
 from avrt_lib.training.encoding import Encoder, collate_targets, has_modality
+from avrt_lib.training.epochs import epochs
 from avrt_lib.training.stop_rule import StopRule
 from avrt_lib.training.validation import are_correct, write_greedily
 from avrt_lib.workspace import Workspace
@@ -204,7 +202,7 @@ def schedule(
     *,
     seed: int,
     dropout: float,
-    dropout_types: Sequence[str] | None = None,
+    dropout_types: Mapping[str, float] | None = None,
     vision_only: float = 0.5,
     balance: float = 0.0,
 ) -> list[tuple[int, str]]:
@@ -219,8 +217,8 @@ def schedule(
         count: rows of the whole run.
         seed: of the order and the dropout.
         dropout: the share of rows that lose a modality, where they have a target for the other.
-        dropout_types: the question types whose rows may lose one; None: all. A teacher that was right about a question
-            that needs both modalities has guessed, which is nothing to learn.
+        dropout_types: another share for the rows of some question types. A teacher that was right about a question that
+            needs both modalities has guessed, which is little to learn.
         vision_only: how often it is the sound that is taken away, and not the sight.
         balance: how far the question types are evened out (ours; the filter keeps few of the types that one modality
             cannot answer): a type of n rows gets a share of an epoch in proportion to n ** (1 - balance), so that above
@@ -229,47 +227,19 @@ def schedule(
     Returns:
         ``count`` pairs of the example's index and ``av``, ``audio_only`` or ``vision_only``.
     """
-    types: dict[str, list[int]] = {}
-    for index, example in enumerate(examples):
-        types.setdefault(example.sample.question_type, []).append(index)
-    floor = _RARE * len(examples)
-    weights = {name: len(rows) * max(len(rows), floor) ** -balance for name, rows in types.items()}
-    shares = _whole_shares(weights, len(examples))
-    streams = {name: _reshuffled(rows, random.Random(f"{seed}/{name}")) for name, rows in types.items()}
+    types = [example.sample.question_type for example in examples]
+    counts = Counter(types)
+    weights = {name: max(count, _RARE * len(examples)) ** -balance for name, count in counts.items()}
     order: list[tuple[int, str]] = []
-    epoch = 0
-    while len(order) < count:
-        draw = random.Random(f"{seed}/{epoch}")
-        indices = [index for name, share in shares.items() for index in islice(streams[name], share)]
-        draw.shuffle(indices)
+    for indices, draw in epochs(types, seed=seed, weights=weights):
         for index in indices:
-            dropped = draw.random() < dropout
+            dropped = draw.random() < (dropout_types or {}).get(types[index], dropout)
             condition = "vision_only" if draw.random() < vision_only else "audio_only"
-            may_drop = dropout_types is None or examples[index].sample.question_type in dropout_types
-            usable = dropped and may_drop and condition in examples[index].targets
+            usable = dropped and condition in examples[index].targets
             order.append((index, condition if usable else "av"))
-        epoch += 1
+        if len(order) >= count:
+            break
     return order[:count]
-
-
-def _reshuffled(rows: Sequence[int], draw: random.Random) -> Iterator[int]:
-    """The rows in a random order, and then in another one, without end."""
-    while True:
-        yield from draw.sample(rows, len(rows))
-
-
-def _whole_shares(weights: Mapping[str, float], total: int) -> dict[str, int]:
-    """``total`` divided in proportion to the weights, in whole numbers (by the largest remainders).
-
-    >>> _whole_shares({"a": 3.0, "b": 1.0}, 10)
-    {'a': 8, 'b': 2}
-    """
-    exact = {name: total * weight / sum(weights.values()) for name, weight in weights.items()}
-    shares = {name: math.floor(value) for name, value in exact.items()}
-    by_remainder = sorted(exact, key=lambda name: (shares[name] - exact[name], name))
-    for name in by_remainder[: total - sum(shares.values())]:
-        shares[name] += 1
-    return shares
 
 
 class Collator:

@@ -7,6 +7,11 @@ GRPO learns from groups whose rewards differ, so the student that it starts from
 rule; the paper trains one epoch). Accuracy on the validation split can jump within a few steps, so a jump over the band
 puts weights and optimizer back to the last validation, and goes on from there with half the learning rate and twice
 as many validations. The data are not rewound: steps keep counting, and the cap on the steps holds.
+
+At a full learning rate accuracy swings from one step to the next, so that a band may be met by chance. With
+``cooldown_from`` the rate falls to nothing first (the decay of a warmup-stable-decay schedule, begun by the accuracy
+and not at a step that was set beforehand), and only what is validated while it falls may stop. Where it has fallen to
+nothing below the band, training goes on at the full rate.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ log = logging.getLogger("avrt")
 
 STATE = "stop_rule.pt"
 #: What a checkpoint holds of the rule.
-KEPT = ("history", "outcome", "interval", "next_step", "retreats", "snapshot")
+KEPT = ("history", "outcome", "interval", "next_step", "retreats", "snapshot", "cooldown_left")
 MAX_RETREATS = 6
 
 
@@ -64,6 +69,7 @@ class StopRule(TrainerCallback):
         self.next_step = self.interval
         self.retreats = 0
         self.snapshot: dict[str, Any] | None = None
+        self.cooldown_left: int | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -114,29 +120,44 @@ class StopRule(TrainerCallback):
         lr_scheduler: Any = None,
         **_: Any,
     ) -> TrainerControl:
-        """Validate where it is time."""
-        if state.global_step < self.next_step and state.global_step < state.max_steps:
+        """Cool down, validate where it is time, and stop, go on or go back."""
+        last, cooling = state.global_step >= state.max_steps, self.cooldown_left is not None
+        if self.cooldown_left is not None:
+            self.cooldown_left -= 1
+            self._cool(optimizer, lr_scheduler)
+        if state.global_step < self.next_step and self.cooldown_left != 0 and not last:
             return control
         accuracy, worst = self.validate()
         self.history.append({"step": state.global_step, "accuracy": accuracy})
         self.report(state.global_step, accuracy)
         log.info("validation accuracy %.3f, worst type %.3f, at step %d", accuracy, worst, state.global_step)
-        low, high = self.config.stop_low or 0.0, self.config.stop_high
-        if accuracy < low or worst < self.config.stop_type_low:
-            # A shortcut may lie above the band too: going back would only keep it.
-            self.next_step = state.global_step + self.interval
-            if self.can_retreat:
-                self.snapshot = _take(model, optimizer, accuracy=accuracy)
-        elif accuracy > high and self.can_retreat and self.retreats < MAX_RETREATS:
+        low, high, start = self.config.stop_low or 0.0, self.config.stop_high, self.config.cooldown_from
+        # A shortcut may lie above the band too: going back would only keep it.
+        good = accuracy >= low and worst >= self.config.stop_type_low
+        if good and accuracy > high and self.can_retreat and self.retreats < MAX_RETREATS:
             self._retreat(model, optimizer, lr_scheduler)
-            self.next_step = state.global_step + self.interval
-        else:
+        elif good and (start is None or cooling or last or accuracy > high):
             self.outcome = "above_band" if accuracy > high else "band"
             control.should_training_stop = True
+        else:
+            if self.cooldown_left == 0:
+                self.cooldown_left = None
+                _set_rates(optimizer, lr_scheduler, 1.0)
+            elif start is not None and accuracy >= start and not cooling:
+                self.cooldown_left = self.config.cooldown_steps
+                self._cool(optimizer, lr_scheduler)
+            if self.can_retreat:
+                self.snapshot = _take(model, optimizer, accuracy=accuracy)
+        self.next_step = state.global_step + self.interval
         return control
+
+    def _cool(self, optimizer: Any, lr_scheduler: Any) -> None:
+        assert self.cooldown_left is not None
+        _set_rates(optimizer, lr_scheduler, self.cooldown_left / (self.config.cooldown_steps + 1))
 
     def _retreat(self, model: Any, optimizer: Any, lr_scheduler: Any) -> None:
         assert self.snapshot is not None
+        self.cooldown_left = None
         self.retreats += 1
         self.interval = max(1, self.interval // 2)
         _put_back(model, optimizer, self.snapshot)
@@ -144,13 +165,16 @@ class StopRule(TrainerCallback):
         scheduler.base_lrs = [rate / 2 for rate in scheduler.base_lrs]
         # The scheduler sets the rate after each step; until then the snapshot's, which knows nothing of the halving,
         # would hold.
-        rates = [
-            base * curve(scheduler.last_epoch)
-            for base, curve in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        ]
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        _set_rates(optimizer, lr_scheduler, 1.0)
         log.info("above the band: back to accuracy %s, half the learning rate", self.snapshot["accuracy"])
+
+
+def _set_rates(optimizer: Any, lr_scheduler: Any, share: float) -> None:
+    """Use this share of the schedule's rates in the next step."""
+    scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
+    curves = zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    for group, base, curve in curves:
+        group["lr"] = share * base * curve(scheduler.last_epoch)
 
 
 def _trainable(model: Any) -> dict[str, torch.Tensor]:
