@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 
@@ -17,11 +18,18 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def signals_raise(*numbers: signal.Signals) -> Iterator[None]:
-    """Turn signals (SIGINT, SIGTERM and SIGHUP if none is given) into ``Interrupted`` within the block."""
+    """Turn signals (SIGINT, SIGTERM and SIGHUP if none is given) into ``Interrupted`` within the block.
+
+    A process that a library forks there inherits the handler and has nothing of ours to unwind: it ends as by default.
+    """
     numbers = numbers or (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    owner = os.getpid()
 
     def interrupt(number: int, _: object) -> None:
-        raise Interrupted(number)
+        if os.getpid() == owner:
+            raise Interrupted(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     earlier = {number: signal.signal(number, interrupt) for number in numbers}
     try:
