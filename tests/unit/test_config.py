@@ -93,3 +93,23 @@ def test_a_file_that_cannot_be_read_is_told_with_the_mend(
         file.write_bytes(text)
         with pytest.raises(ConfigError, match=rf"^{file}.* {told}"):
             reader(file)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sft.stop_low": None}, "cooldown_from needs stop_low"),
+        ({"sft.cooldown_from": 0.9}, "must not be above stop_high"),
+        ({"sft.stop_low": 0.9}, "stop_low must be below stop_high"),
+        ({"grpo.type_weights.both": 0}, r"grpo\.type_weights\.both: Input should be greater than 0"),
+        ({"sft.modality_dropout_types.both": 1}, r"sft\.modality_dropout_types\.both: Input should be less than 1"),
+    ],
+)
+def test_settings_of_training_that_contradict_are_refused(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load(MINIATURE, changes)
+
+
+def test_a_value_of_one_question_type_is_set_beside_the_others() -> None:
+    weights = load(MINIATURE, {"grpo.type_weights.both": 2.0, "grpo.type_weights.animals": 0.1}).grpo.type_weights
+    assert weights == {**load(MINIATURE).grpo.type_weights, "both": 2.0, "animals": 0.1}
