@@ -114,9 +114,9 @@ def cluster(rendered: dict[str, Build]) -> Iterator[Cluster]:
             result.kubectl("delete", "namespace", "kubeflow", "--wait=false")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(cluster: Cluster, rendered: dict[str, Build]) -> Iterator[Cluster]:
-    """overlays/test, applied and ready."""
+    """overlays/test, applied and ready. For each module anew: other modules use the same names for secrets of theirs."""
     if "True" not in cluster.kubectl("get", "nodes", "-o", "jsonpath={..conditions[-1:].status}").stdout:
         pytest.skip("the cluster has no node that is ready")
     listed = manifests.ROOT / "build" / "images.json"
@@ -135,7 +135,7 @@ def running(cluster: Cluster, rendered: dict[str, Build]) -> Iterator[Cluster]:
         yield cluster
     finally:
         mine = [d for d in objects if d["kind"] not in ("Namespace", "ResourceQuota")]
-        cluster.kubectl("delete", "--ignore-not-found", "--wait=false", "-f", "-", objects=mine)
+        cluster.kubectl("delete", "--ignore-not-found", "--timeout=100s", "-f", "-", objects=mine)
 
 
 def secret(cluster: Cluster, name: str) -> dict[str, str]:

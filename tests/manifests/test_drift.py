@@ -202,7 +202,7 @@ def test_the_champions_pod_is_let_in_and_has_what_it_needs(champion: tuple[Clust
     cluster, _ = champion
     selector = f"--selector=serving.kserve.io/inferenceservice={NAME}"
     # Pod Security, the quota and KServe's pod webhook have passed it; without a GPU node it waits.
-    pod = wait_for("pod", lambda: get(cluster, "pods", selector)["items"])[0]["spec"]
+    pod = wait_for("pod", lambda: (get(cluster, "pods", selector) or {}).get("items"))[0]["spec"]
     (download,) = [c for c in pod["initContainers"] if c["name"] == "storage-initializer"]
     assert download["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     (container,) = [c for c in pod["containers"] if c["name"] == "kserve-container"]
