@@ -143,8 +143,8 @@ def write_clip(path: Path, seed: int, number: int, sight: str, sound: str) -> No
     pictures = draw_frames(rng, sight, int(FRAMES_PER_SECOND * CLIP_SECONDS))
     wave = draw_sound(rng, sound)
     with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        # One thread: with several, x264 may cut a frame into slices by the number of cores. And none of its assembler: with
-        # that for AVX-512 (PyAV 18 on an AMD EPYC) one clip of four came out in other bytes each time.
+        # One thread: with several, x264 may cut a frame into slices by the number of cores. And none of its assembler:
+        # with that for AVX-512 (PyAV 18 on an AMD EPYC) one clip of four came out in other bytes each time.
         options = {"preset": "veryfast", "crf": "20", "threads": "1", "x264-params": "asm=0"}
         video = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=options)
         video.width = video.height = FRAME_PX

@@ -116,7 +116,7 @@ def cluster(rendered: dict[str, Build]) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def running(cluster: Cluster, rendered: dict[str, Build]) -> Iterator[Cluster]:
-    """overlays/test, applied and ready. For each module anew: other modules use the same names for secrets of theirs."""
+    """overlays/test, applied and ready; for each module anew, since others use the same names for their own secrets."""
     if "True" not in cluster.kubectl("get", "nodes", "-o", "jsonpath={..conditions[-1:].status}").stdout:
         pytest.skip("the cluster has no node that is ready")
     listed = manifests.ROOT / "build" / "images.json"
