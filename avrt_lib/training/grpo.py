@@ -99,7 +99,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
         loss_type="grpo",
         scale_rewards="group",
         shuffle_dataset=False,  # its order is the run's
-        # A sampled placeholder would ask for features that do not exist.
+        # A media token that is sampled would ask for features that do not exist.
         generation_kwargs={"suppress_tokens": learner.media_token_ids},
     )
 
