@@ -51,6 +51,7 @@ def tiny() -> Config:
             "sft.max_steps": 1,
             "sft.per_device_batch": 4,
             "sft.stop_low": None,
+            "sft.cooldown_from": None,
             "sft.validation_samples": 8,
             "sft.deepspeed": "zero2_offload",
         },
