@@ -16,15 +16,25 @@ from pathlib import Path
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "miniature.yaml"
 
 
+def changed(batch: int, steps: int) -> dict[str, object]:
+    """What of the miniature's configuration is changed: no validation but one, and no stop."""
+    return {
+        "sft.per_device_batch": batch,
+        "sft.max_steps": steps,
+        "sft.stop_low": None,
+        "sft.cooldown_from": None,
+        "sft.validation_samples": 1,
+    }
+
+
 def measure(batch: int, steps: int, data: Path) -> None:
     """Train for some steps without validating; prints the figures."""
     from avrt_lib.config import load
     from avrt_lib.steps import run_step
 
-    changes = {"sft.per_device_batch": batch, "sft.max_steps": steps, "sft.stop_low": None, "sft.validation_samples": 1}
     facts = run_step(
         "sft",
-        config=load(CONFIG, changes),
+        config=load(CONFIG, changed(batch, steps)),
         inputs={"samples": data / "samples", "merged": data / "merged"},
         outputs={"model": data / f"model-{batch}"},
     )

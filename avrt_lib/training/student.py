@@ -87,6 +87,15 @@ class Thinker(Qwen2_5OmniThinkerForConditionalGeneration):
         """The model up to its last hidden states of shape (batch, length, hidden)."""
         return _HiddenStates(self)
 
+    def enable_input_require_grads(self) -> None:
+        """Let gradients flow from the language model's embeddings, which checkpointing of activations asks for.
+
+        transformers asks it of each submodel's embeddings, so that the backward pass would run through the encoders
+        although they are frozen. Encoders that are trained need no hook: their own parameters ask for gradients.
+        """
+        hook = self.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_())
+        self._require_grads_hooks = [hook]
+
     def save_pretrained(
         self, save_directory: Any, *args: Any, state_dict: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
