@@ -106,17 +106,21 @@ class Encoder:
         processor: Any = self.student.processor
         pieces: list[str] = []
         given: dict[str, Any] = {}
+        options = student_media.processor_kwargs(self.config)
         if sample.frames:
             given["videos"] = [decode_frames(sample)]
             pieces.append(processor.vision_bos_token + processor.video_token + processor.vision_eos_token)
         if sample.audio is not None:
-            given["audio"] = [decode_audio(sample)]
+            wave = decode_audio(sample)
+            given["audio"] = [wave]
+            # The extractor computes features of its whole window (Qwen2.5-Omni's has 300 s) and not of the clip alone.
+            # With two of its Fourier windows of silence behind the clip, the clip's own features are the same.
+            extractor = processor.feature_extractor
+            options["audio_kwargs"] = {"max_length": min(len(wave) + 2 * extractor.n_fft, extractor.n_samples)}
             pieces.append(processor.audio_bos_token + processor.audio_token + processor.audio_eos_token)
         if not given:
             return {}
-        out = processor(
-            text=["".join(pieces)], **given, **student_media.processor_kwargs(self.config), return_tensors="pt"
-        )
+        out = processor(text=["".join(pieces)], **given, **options, return_tensors="pt")
         ids = out["input_ids"][0]
         media: dict[str, Any] = {}
         for key, keys, token in (("video", VIDEO_KEYS, "video_token"), ("audio", AUDIO_KEYS, "audio_token")):
