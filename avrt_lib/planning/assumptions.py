@@ -1,4 +1,4 @@
-"""What a plan assumes. None of the GPU figures was measured here: override them with figures of your own.
+"""What a plan assumes. Of the GPU figures those of training were measured on one GPU (docs/models.md), no other was.
 
 The miniature's are those of docs/results.md, measured on two CPU cores.
 """
@@ -29,8 +29,8 @@ COMMON: dict[str, Assumption] = {
 GPU: dict[str, Assumption] = {
     **COMMON,
     "peak_tflops": Assumption(989, "one H100, bfloat16 without sparsity, by its data sheet"),
-    "training_utilisation": Assumption(0.2, "share of the peak in training"),
-    "offload_step_s": Assumption(3, "optimizer step in the host's memory (ZeRO-2 with offload)"),
+    "training_utilisation": Assumption(0.04, "share of the peak in training; 0.038 measured with one row at a time"),
+    "offload_step_s": Assumption(3, "optimizer step in the host's memory (ZeRO-2 with offload), shared out over 8"),
     "engine_start_s": Assumption(240, "a vLLM engine until it answers, weights fetched within the cluster"),
     "training_start_s": Assumption(300, "until the first training step"),
     "prefill_tokens_per_s": Assumption(15000, "one engine on one GPU"),

@@ -11,6 +11,10 @@ from avrt_lib.planning.models import ModelSize
 GIB = 2**30
 #: Bytes that Adam keeps for a parameter trained in mixed precision: a float32 copy and two moments.
 _OPTIMIZER_BYTES = 12.0
+#: What ZeRO-2 keeps of it in the host's memory with offload: the same, and float32 gradients.
+_OFFLOADED_BYTES = 16.0
+#: GiB of a process that offloads, beside its weights and optimizer (measured: docs/models.md).
+_OFFLOADING_PROCESS_GIB = 4.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,9 @@ def of_training(
     in_gib = {name: value / GIB for name, value in parts.items() if value} | {"workspace": workspace_gib}
     loading = 4.0 if lora is None or config.student.dtype == "float32" else 2.0
     copies = 2 if reference else 1
-    host = max(_OPTIMIZER_BYTES * trained if offload else 0.0, copies * loading * size.parameters * processes) / GIB
+    host = copies * loading * size.parameters * processes / GIB  # what is loaded stays in the host's memory, or may
+    if offload:
+        host += _OFFLOADED_BYTES * trained / GIB + _OFFLOADING_PROCESS_GIB * processes
     return Memory(step, in_gib, sum(in_gib.values()), gpu_gib, gpu_gib, host)
 
 

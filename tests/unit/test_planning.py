@@ -263,3 +263,9 @@ def test_a_teacher_that_its_own_pool_cannot_hold_is_said() -> None:
     document["pools"]["teacher"]["gpu_memory_gib"] = 24
     said = [warning for warning in plan(profile=Profile.model_validate(document)).warnings if "of a GPU" in warning]
     assert [warning.split()[0] for warning in said] == ["vision_teacher"]
+
+
+def test_an_offloading_process_needs_what_one_was_measured_to_need() -> None:
+    """One process with the 3B student had 72.8 GiB of its host (benchmarks/student_on_gpu.py on an H200)."""
+    one = memory_of("sft", plan(changes={"sft__processes": 1}))
+    assert one.host_gib == pytest.approx(72.8, rel=0.03)
