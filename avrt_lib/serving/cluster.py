@@ -113,13 +113,14 @@ class Cluster:
             absent_is_fine=True,
         )
         pods = self.pods(name)
-        ours = {name, *(pod["metadata"]["name"] for pod in pods)}
+        # Not by name: events outlive what they are about by an hour, and a candidate's name comes again.
+        ours = {each["metadata"]["uid"] for each in (service, *pods)}
         events = self._call("list events", self._core.list_namespaced_event, self.namespace, raw=True)["items"]
         return Documents(
             service,
             deployment,
             pods,
-            [event for event in events if event["involvedObject"].get("name") in ours],
+            [event for event in events if event["involvedObject"].get("uid") in ours],
             dict(self._last_words(pods)),
         )
 
@@ -258,10 +259,15 @@ def container_statuses(pod: Document) -> list[Document]:
 
 
 def terminated(container: Document) -> Document | None:
-    """How a container failed last, or None where it did not: exit code, reason, message."""
+    """How a container failed last, or None where it did not or is well again: exit code, reason, message.
+
+    What is started again was not to end, whatever its exit code: a server that its probe has ended says 0.
+    """
+    if container.get("ready"):
+        return None
     for state in (container.get("state") or {}, container.get("lastState") or {}):
         ended: Document | None = state.get("terminated")
-        if ended and ended.get("exitCode"):
+        if ended and (ended.get("exitCode") or container.get("restartCount")):
             return ended
     return None
 

@@ -131,6 +131,9 @@ def judge(name: str, namespace: str, found: Documents, uri: str | None = None) -
     def answer(state: State, detail: str = "", mend: str = "", *, may_pass: bool = False) -> Status:
         return _status(name, namespace, found, wanted, state, detail, mend, may_pass=may_pass)
 
+    if service["metadata"].get("deletionTimestamp"):
+        mend = "make it anew when it is gone; while it stays, look at its finalizers and at KServe's controller"
+        return answer(State.FAILED, "it is being deleted", mend)
     if wanted is None:
         return answer(State.FAILED, "it names no storageUri", "set spec.predictor.model.storageUri")
     if set_to != wanted:
@@ -373,14 +376,14 @@ def _creating(deployment: Document) -> Iterator[Problem]:
 def _pods(found: Documents, uri: str) -> Iterator[Problem]:
     """What keeps the newest pods of a model from being ready."""
     for pod in _newest(found.pods, uri):
+        if pod["status"].get("phase") == "Failed":  # not by its containers: they are started again
+            text = f"its pod was ended: {pod['status'].get('message') or pod['status'].get('reason')}"
+            yield Problem(_short(text), "look at the node", may_pass=True)
         yield from _containers(pod, found.logs)
         scheduled = _condition(pod, "PodScheduled")
         if scheduled.get("status") == "False":
             text = f"its pod cannot be placed: {scheduled.get('message') or scheduled.get('reason')}"
             yield Problem(_short(text), "free a node of that kind, or add one", may_pass=True)
-        if pod["status"].get("phase") == "Failed":
-            text = f"its pod was ended: {pod['status'].get('message') or pod['status'].get('reason')}"
-            yield Problem(_short(text), "look at the node", may_pass=True)
         for event in found.events:
             if event["involvedObject"].get("name") == pod["metadata"]["name"] and event["reason"] in _SANDBOX:
                 yield Problem(_short(event["message"]), "make what is missing", may_pass=True)
@@ -397,7 +400,9 @@ def _newest(pods: list[Document], uri: str) -> list[Document]:
     ]
     ours.sort(key=lambda pod: pod["metadata"]["creationTimestamp"], reverse=True)
     hashes = [(pod["metadata"].get("labels") or {}).get("pod-template-hash") for pod in ours]
-    return [pod for pod, each in zip(ours, hashes, strict=True) if each == hashes[0]]
+    newest = [pod for pod, each in zip(ours, hashes, strict=True) if each == hashes[0]]
+    # One that was ended (evicted, or with its node) stays behind for long: it counts until another is in its place.
+    return [pod for pod in newest if pod is newest[0] or pod["status"].get("phase") != "Failed"]
 
 
 def _containers(pod: Document, logs: dict[tuple[str, str], str]) -> Iterator[Problem]:
@@ -409,7 +414,7 @@ def _containers(pod: Document, logs: dict[tuple[str, str], str]) -> Iterator[Pro
             yield Problem(_short(text), "push the image, correct its name, or name a pull secret", may_pass=True)
         elif reason in _CONTAINER:
             yield Problem(_short(f"the container cannot start: {message}"), "make what is missing", may_pass=True)
-        elif (ended := terminated(container)) and not container.get("ready"):
+        elif ended := terminated(container):
             yield _crashed(container, ended, logs.get((pod["metadata"]["name"], container["name"]), ""))
 
 
@@ -417,9 +422,13 @@ def _crashed(container: Document, ended: Document, log: str) -> Problem:
     lines = (ended.get("message") or log).strip().splitlines()
     last = f": {lines[-1]}" if lines else ""
     again = "running" in container["state"]  # the next try may succeed
+    downloads = container["name"] == _DOWNLOAD
     if ended.get("reason") == "OOMKilled":
+        if downloads:
+            mend = f"raise the memory of container {_DOWNLOAD} in KServe's ClusterStorageContainer"
+            return Problem("the download of the model ran out of its memory", mend, again)
         return Problem("the server ran out of its memory", "raise deployment.memory", again)
-    if container["name"] == _DOWNLOAD:
+    if downloads:
         text = f"the model cannot be fetched (exit code {ended['exitCode']}){last}"
         return Problem(_short(text), "look at the address and at the secret of its service account", again)
     text = f"the server ended with exit code {ended['exitCode']}, {container['restartCount']} restarts{last}"

@@ -83,12 +83,19 @@ def test_a_refusal_is_told_from_a_server_that_cannot(
 
 
 def test_a_node_that_does_not_give_logs_is_no_hindrance(answers: dict[str, tuple[int, object]]) -> None:
-    pod = {"metadata": {"name": "p"}, "status": {"containerStatuses": [ENDED]}}
+    pod = {"metadata": {"name": "p", "uid": "2"}, "status": {"containerStatuses": [ENDED]}}
     answers[CHAMPION] = (200, SERVICE)
     answers["/v1/namespaces/avrt/pods"] = (200, {"items": [pod]})
     answers["/v1/namespaces/avrt/pods/p/log"] = (500, {"message": "dial tcp 10.0.0.1:10250: no route to host"})
     found = Cluster("avrt").documents("champion")
     assert (found.pods, found.logs) == ([pod], {})
+
+
+def test_events_of_one_that_had_the_name_before_are_left_out(answers: dict[str, tuple[int, object]]) -> None:
+    events = [{"involvedObject": {"name": "champion", "uid": uid}} for uid in ("0", "1")]
+    answers[CHAMPION] = (200, SERVICE)
+    answers["/v1/namespaces/avrt/events"] = (200, {"items": events})
+    assert Cluster("avrt").documents("champion").events == events[1:]
 
 
 def test_kubeconfig_may_name_several_files(
@@ -165,7 +172,7 @@ def test_the_exit_code_of_status_says_what_it_does(
     answers[CHAMPION] = (404, {"message": "not found"})
     if ready is not None:
         spec = {"predictor": {"model": {"storageUri": "s3://m"}}}
-        answers[CHAMPION] = (200, {"metadata": {"name": "champion"}, "spec": spec})
+        answers[CHAMPION] = (200, {**SERVICE, "spec": spec})
         answers["/apps/v1/namespaces/avrt/deployments/champion-predictor"] = (200, deployment(ready))
     ended, out, _ = avrt("status", "champion", *asked)
     assert (ended, out[: len(said)]) == (code, said)

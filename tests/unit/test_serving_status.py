@@ -52,13 +52,15 @@ def deployment(
     }
 
 
-def pod(uri: str = NEW, *, ready: bool = False, made: str = "2026-11-26T10:00:00Z", **status: Any) -> dict[str, Any]:
+def pod(
+    uri: str = NEW, *, ready: bool = False, made: str = "2026-11-26T10:00:00Z", template: str = "", **status: Any
+) -> dict[str, Any]:
     short = uri.rpartition("/")[2]
     return {
         "metadata": {
             "name": f"champion-predictor-{short}-{made[11:13]}",
             "annotations": {SOURCE: uri},
-            "labels": {"pod-template-hash": short + made},
+            "labels": {"pod-template-hash": template or short + made},
             "creationTimestamp": made,
         },
         "status": {
@@ -136,6 +138,14 @@ ROLLING_OUT = {
         None,
         [],
         [event("InternalError", "fails to update: the object has been modified; please apply your changes")],
+    ),
+    "with a pod in place of one that was evicted": Documents(
+        service(ready=NO_MINIMUM),
+        deployment(NEW, **STARTING),
+        [
+            pod(template="t", phase="Failed", reason="Evicted", containerStatuses=[container(state=ended(137))]),
+            pod(template="t", made="2026-11-26T11:00:00Z", containerStatuses=[container(state={"running": {}})]),
+        ],
     ),
     "without trace of an older model's failed pod": Documents(
         service(transitionStatus="BlockedByFailedLoad"),
@@ -328,6 +338,28 @@ FAILED: dict[str, tuple[Documents, str, str, bool]] = {
         "deployment.memory",
         False,
     ),
+    "a server that its probe ends again and again": (
+        starting(
+            containerStatuses=[
+                container(restarts=4, **waiting("CrashLoopBackOff"), lastState=ended(0, reason="Completed"))
+            ]
+        ),
+        "exit code 0, 4 restarts",
+        "kubectl logs",
+        False,
+    ),
+    "out of memory in the download": (
+        starting(
+            initContainerStatuses=[
+                container(
+                    "storage-initializer", 1, **waiting("CrashLoopBackOff"), lastState=ended(137, reason="OOMKilled")
+                )
+            ]
+        ),
+        "the download of the model ran out of its memory",
+        "ClusterStorageContainer",
+        False,
+    ),
     "key of the API's secret absent": (
         starting(
             containerStatuses=[container(**waiting("CreateContainerConfigError", 'secret "avrt-api-key" not found'))]
@@ -337,7 +369,12 @@ FAILED: dict[str, tuple[Documents, str, str, bool]] = {
         True,
     ),
     "evicted": (
-        starting(phase="Failed", reason="Evicted", message="The node was low on resource: ephemeral-storage."),
+        starting(
+            phase="Failed",
+            reason="Evicted",
+            message="The node was low on resource: ephemeral-storage.",
+            containerStatuses=[container(state=ended(137))],
+        ),
         "ephemeral-storage",
         "node",
         True,
@@ -366,6 +403,14 @@ def test_it_is_stopped() -> None:
     stopped = service()
     stopped["metadata"]["annotations"][inference_service.STOP] = "true"
     assert judge("champion", "avrt", Documents(stopped)).detail == "it is stopped"
+
+
+def test_what_is_being_deleted_does_not_count_as_served() -> None:
+    leaving = service()
+    leaving["metadata"]["deletionTimestamp"] = "2026-11-26T10:00:00Z"
+    for found in (Documents(leaving, deployment(), [pod(ready=True)]), Documents(leaving)):
+        answer = judge("champion", "avrt", found)
+        assert (answer.state, answer.detail) == (State.FAILED, "it is being deleted")
 
 
 def test_the_log_tells_where_the_status_does_not() -> None:
