@@ -229,12 +229,17 @@ def rolled_out(deployment: Document, uri: str) -> bool:
     """
     found = deployment.get("status") or {}
     return (
-        _template_uri(deployment) == uri
-        and found.get("observedGeneration") == deployment["metadata"]["generation"]
+        _has_taken(deployment, uri)
         and found.get("replicas", 0) > 0
         and found.get("updatedReplicas") == found.get("replicas")
         and _ready(deployment) > 0
     )
+
+
+def came_up(deployment: Document, uri: str) -> bool:
+    """Whether a predictor serves this model, or has served it and lost its pods since, to a node that failed, say."""
+    complete = _condition(deployment, "Progressing").get("reason") == "NewReplicaSetAvailable"
+    return rolled_out(deployment, uri) or (_has_taken(deployment, uri) and complete)
 
 
 def _status(
@@ -269,6 +274,12 @@ def _status(
 def _template_uri(deployment: Document) -> str | None:
     found: str | None = (deployment["spec"]["template"]["metadata"].get("annotations") or {}).get(SOURCE)
     return found
+
+
+def _has_taken(deployment: Document, uri: str) -> bool:
+    """Whether a Deployment is made of this model, and its status tells of that."""
+    observed = (deployment.get("status") or {}).get("observedGeneration")
+    return _template_uri(deployment) == uri and observed == deployment["metadata"]["generation"]
 
 
 def _follows(deployment: Document, service: Document) -> bool:

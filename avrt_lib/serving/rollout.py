@@ -41,8 +41,8 @@ from avrt_lib.serving.inference_service import (
     State,
     Status,
     annotations_of,
+    came_up,
     judge,
-    rolled_out,
     storage_uri,
     wait,
 )
@@ -59,6 +59,7 @@ PREVIOUS = "avrt/previous"
 ROLLED_BACK = "avrt/rolled-back-from"
 #: On a candidate: the champion that it belongs to.
 _OF = "avrt/candidate-of"
+_KSERVE = "serving.kserve.io/"
 _ORIGIN = (MODEL_VERSION, MODEL_SHA256, RUN, DATA, SETTINGS)
 #: What the Lease notes: what has passed its check, and its time with real traffic, by fingerprint; the route that may
 #: lead to the candidate now; the model, and the stage, for people and for a rollback.
@@ -148,7 +149,12 @@ def to_uri(champion: Document, uri: str, version: str | None, split: Split | Non
             f"{champion['metadata']['name']} has no spec.predictor.model, so no other model can be put into it: it is "
             "not one of ours."
         )
-    kept = {key: value for key, value in annotations_of(champion).items() if key == SETTINGS}
+    kept = {
+        # KServe's own decide how it is deployed and fetched, for the candidate too.
+        key: value
+        for key, value in annotations_of(champion).items()
+        if key == SETTINGS or (key.startswith(_KSERVE) and key != STOP)
+    }
     service: Document = {
         "apiVersion": champion["apiVersion"],
         "kind": champion["kind"],
@@ -216,8 +222,9 @@ def rollout(
         Busy: where another rollout of this champion is going on.
         UsageError: where the names are too long, Argo CD would undo the change, the route is none to share, or an
             InferenceService of somebody else has the candidate's name.
-        ServingError: where the candidate fails, which leaves the champion as it was; or where the champion does not
-            come up with the new model, which sets it back.
+        ServingError: where the candidate fails, which leaves the champion as it was; where the champion does not
+            come up with the new model, which sets it back; or where it was set to the model before and does not serve
+            it, which leaves it so.
     """
     candidate_name = wanted.name + CANDIDATE
     if not fits(candidate_name, cluster.namespace):
@@ -228,6 +235,8 @@ def rollout(
     split = wanted.split
     route = Route(cluster, split.route, wanted.name, candidate_name) if split else None
     with Lease(cluster, _lease_name(wanted.name)) as lease:
+        # Killed after it had changed the champion; only what a rollout has changed is set back.
+        begun = lease.notes.get(_URI) == wanted.uri and lease.notes.get(_STAGE) == Stage.PROMOTING
         while True:
             champion, candidate = cluster.service(wanted.name), _candidate(cluster, wanted.name)
             if champion is not None:
@@ -237,6 +246,10 @@ def rollout(
             stage = next_stage(champion, candidate, wanted, lease.notes)
             if route and stage is Stage.CANDIDATE:
                 route.check()
+            if stage is Stage.PROMOTING and champion is not None and _is_set_to(champion, wanted) and not begun:
+                found = _serving(cluster, lease, wanted.name, wanted.uri, timeout_s, told)
+                lease.note(**_ENDED)
+                return found
             told(f"{stage} ({wanted.uri})")
             lease.note(uri=wanted.uri, stage=stage.value)
             if stage is Stage.CANDIDATE:
@@ -305,7 +318,7 @@ def promoted(champion: Document, wanted: Wanted, *, served: bool) -> Document:
     Args:
         champion: as it is.
         wanted: as it is to be.
-        served: whether it serves its model now. A model that never came up is nothing to go back to.
+        served: whether it has served its model. One that never came up is nothing to go back to.
     """
     service, old = copy.deepcopy(champion), annotations_of(champion)
     before = {
@@ -347,7 +360,7 @@ def _promote(
         cluster.create(wanted.service)
     elif not _is_set_to(champion, wanted):
         deployment = cluster.documents(wanted.name).deployment
-        served = deployment is not None and rolled_out(deployment, str(storage_uri(champion)))
+        served = deployment is not None and came_up(deployment, str(storage_uri(champion)))
         _change(
             cluster, lease, wanted.name, str(storage_uri(champion)), lambda each: promoted(each, wanted, served=served)
         )

@@ -27,13 +27,17 @@ class Killed(BaseException):
 
 
 class Memory:
-    """A namespace: an InferenceService serves the moment it is stored, unless its model is in ``broken``."""
+    """A namespace: an InferenceService serves the moment it is stored, unless its model is in ``broken``.
+
+    One whose model is in ``down`` has served, and has lost its pods.
+    """
 
     namespace = "avrt"
 
     def __init__(self) -> None:
         self.objects: dict[str, Document] = {}
         self.broken: set[str] = set()
+        self.down: set[str] = set()
         self.changes: list[tuple[str, str, str | None]] = []
         self.kill_after: int | None = None
         self._clock = 0
@@ -82,17 +86,20 @@ class Memory:
         if service is None:
             return Documents(None)
         uri, broken = storage_uri(service), storage_uri(service) in self.broken
-        ready = 0 if broken else 1
-        condition = {"type": "ReplicaFailure", "status": str(broken), "message": "violates PodSecurity"}
+        ready = 0 if broken or uri in self.down else 1
+        conditions = [
+            {"type": "ReplicaFailure", "status": str(broken), "message": "violates PodSecurity"},
+            {"type": "Progressing", "reason": "NewReplicaSetAvailable" if not broken else "ReplicaSetUpdated"},
+        ]
         deployment = {
             "metadata": {"generation": 1},
             "spec": {"template": {"metadata": {"annotations": {SOURCE: uri, **annotations_of(service)}}}},
             "status": {
                 "observedGeneration": 1,
                 "replicas": 1,
-                "updatedReplicas": ready,
+                "updatedReplicas": 0 if broken else 1,
                 "availableReplicas": ready,
-                "conditions": [condition],
+                "conditions": conditions,
             },
         }
         return Documents(service, deployment)
@@ -262,6 +269,23 @@ def test_a_champion_that_does_not_come_up_is_set_back(running: Memory) -> None:
     assert storage_uri(stored(running)) == OLD
 
 
+def test_a_call_that_changes_nothing_sets_nothing_back(running: Memory) -> None:
+    roll(running)
+    running.broken = {NEW}
+    for _ in range(2):
+        with pytest.raises(ServingError, match="is failed"):
+            roll(running)
+    assert storage_uri(stored(running)) == NEW
+
+
+def test_a_rollout_that_was_killed_sets_back_what_it_had_changed(running: Memory) -> None:
+    killed_after(running, 3)  # when the champion changes
+    running.broken = {NEW}
+    with pytest.raises(ServingError, match=f"set back to {OLD}"):
+        roll(running)
+    assert storage_uri(stored(running)) == OLD
+
+
 def test_the_first_champion_is_made_at_once(cluster: Memory) -> None:
     assert roll(cluster, wanted=Wanted(champion(NEW))).uri == NEW
     assert cluster.changes == [("create", NAME, NEW)]
@@ -414,6 +438,13 @@ def test_a_model_that_never_served_is_nothing_to_go_back_to(running: Memory) -> 
         back(running)
 
 
+def test_a_model_that_has_lost_its_pods_is_one_to_go_back_to(running: Memory) -> None:
+    running.down = {OLD}
+    roll(running)
+    running.down = set()
+    assert back(running).uri == OLD
+
+
 def test_a_stopped_champion_is_started(cluster: Memory) -> None:
     cluster.create(champion(**{inference_service.STOP: "true"}))
     assert roll(cluster).uri == NEW
@@ -529,6 +560,15 @@ def test_what_comes_next(found: Document | None, candidate: Document | None, che
 def test_a_candidate_is_one_pod_under_its_own_name() -> None:
     assert CANDIDATE_UP["metadata"]["name"] == CANDIDATE_UP["metadata"]["labels"]["app.kubernetes.io/name"]
     assert CANDIDATE_UP["spec"]["predictor"]["minReplicas"] == 1
+
+
+def test_a_candidate_is_deployed_as_its_champion() -> None:
+    asked = {f"serving.kserve.io/{name}": "x" for name in ("deploymentMode", "storageSecretName", "autoscalerClass")}
+    found = to_uri(champion(**asked, **{inference_service.STOP: "true", "avrt/run": "r"}), NEW, "7").candidate()
+    now = annotations_of(found)
+    assert now.keys() >= asked.keys()
+    assert now["serving.kserve.io/autoscalerClass"] == "none"
+    assert not now.keys() & {inference_service.STOP, "avrt/run"}
 
 
 def test_other_arguments_make_another_candidate() -> None:
