@@ -146,7 +146,7 @@ def submit(
     from pipelines import submission
     from pipelines.backend import Access, addressed
 
-    order, profile = _order(config, cluster, settings, pipeline, traces, no_cache)
+    order, profile = _order(config, cluster, namespace, settings, pipeline, traces, no_cache)
     backend = addressed(Access(host, namespace, token_env, cookie_env), profile)  # before the checks, which may wait
     if not no_checks:
         _check(order, profile)
@@ -285,7 +285,7 @@ def schedule(
     if cron is None or config is None or cluster is None:
         raise UsageError("avrt schedule takes --cron, --config and --cluster, or list, enable, disable or delete.")
     when = housekeeping.cron(cron)
-    order, profile = _order(config, cluster, settings, pipeline, traces, no_cache)
+    order, profile = _order(config, cluster, namespace, settings, pipeline, traces, no_cache)
     backend = _connect(host, namespace, token_env, cookie_env, profile)
     out.print(housekeeping.schedule(backend, order, when=when, name=name, experiment=experiment))
 
@@ -412,9 +412,19 @@ def _connect(
 
 
 def _order(
-    config: Path, cluster: Path, settings: list[str] | None, pipeline: str, traces: str | None, no_cache: bool
+    config: Path,
+    cluster: Path,
+    namespace: str | None,
+    settings: list[str] | None,
+    pipeline: str,
+    traces: str | None,
+    no_cache: bool,
 ) -> tuple[Order, Profile]:
-    """What is to be run, from the command line's files; ``--set`` has the last word, the profile the one before."""
+    """What is to be run, from the command line's files; ``--set`` has the last word, the profile the one before.
+
+    The profile that comes back is of the namespace that the command line names: what the run needs is looked for there,
+    from here and by its first step.
+    """
     from components.images import Images, built
     from pipelines.compile import PIPELINES
     from pipelines.submission import Order
@@ -423,7 +433,7 @@ def _order(
         raise UsageError(f"--pipeline takes {', '.join(PIPELINES)}, not {pipeline!r}.")
     if (pipeline == "train") != (traces is not None):
         raise UsageError("--pipeline train needs --traces, and the other pipelines make their own.")
-    profile = load_profile(find_profile(cluster))
+    profile = load_profile(find_profile(cluster)).in_namespace(namespace)
     changes: dict[str, Any] = overrides(
         settings=settings or [], dataset=[], unfiltered=False, overlap_splits=False, seed=None
     )

@@ -276,6 +276,12 @@ class Profile(Section):
         lifetime = own.model_dump(include={"timeout_s", "retries", "retry_wait_s"})
         return self.pools["cpu"].model_copy(update=lifetime)
 
+    def in_namespace(self, namespace: str | None) -> Profile:
+        """The same cluster with the runs in this namespace; None leaves them where the profile has them."""
+        if namespace is None:
+            return self
+        return self.model_copy(update={"pipelines": self.pipelines.model_copy(update={"namespace": namespace})})
+
 
 def role_of(step: str) -> Role:
     """The role of a step."""

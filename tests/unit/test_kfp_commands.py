@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from avrt_lib.cli import main as cli
-from avrt_lib.cluster.profile import load_profile
+from avrt_lib.cluster.profile import VARIABLE, Profile, load_profile
 from avrt_lib.config import load
 from avrt_lib.errors import EnvironmentProblem, UsageError
 from avrt_lib.preflight import cluster as preflight_cluster
@@ -305,6 +305,24 @@ def test_a_multi_user_backend_is_told_the_namespace(api: KfpApi, capsys: pytest.
     code, _, err = submit(capsys, api, "--detach", "--namespace", "ada")
     assert code == 0, err
     assert [each["namespace"] for each in api.experiments.values()] == ["ada"]
+
+
+def test_what_a_run_needs_is_looked_for_in_the_namespace_that_it_runs_in(
+    api: KfpApi, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_in: list[str] = []
+
+    def look(_: Any, profile: Profile) -> list[Check]:
+        looked_in.append(profile.pipelines.namespace)
+        return []
+
+    monkeypatch.setattr(preflight_cluster, "cluster_checks", look)
+    code, _, err = submit(capsys, api, "--detach", "--namespace", "ada")
+    assert code == 0, err
+    (run,) = api.runs.values()
+    container = run["pipeline_spec"]["pipeline_spec"]["deploymentSpec"]["executors"]["exec-preflight"]["container"]
+    (given,) = (each["value"] for each in container["env"] if each["name"] == VARIABLE)
+    assert looked_in == [json.loads(given)["pipelines"]["namespace"]] == ["ada"]
 
 
 # how a run fails
