@@ -95,9 +95,11 @@ def age(text: str) -> timedelta:
     Raises:
         UsageError: where it is none.
     """
-    found = re.fullmatch(r"(\d+)([hdw])", text)
+    found = re.fullmatch(r"([0-9]{1,5})([hdw])", text)  # more digits would reach back beyond the calendar
     if not found:
-        raise UsageError(f"--older-than takes a number and h, d or w, such as 30d, not {text!r}.")
+        raise UsageError(
+            f"--older-than takes a number of at most five digits and h, d or w, such as 30d, not {text!r}."
+        )
     return timedelta(**{_UNITS[found[2]]: int(found[1])})
 
 

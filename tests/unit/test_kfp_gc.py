@@ -14,9 +14,11 @@ from minio import Minio
 from mlflow import MlflowClient
 
 from avrt_lib.cli import main as cli
+from avrt_lib.errors import UsageError
 from avrt_lib.store import LocalObjectServer
 from avrt_lib.store.objects import client
 from pipelines.commands import register
+from pipelines.housekeeping import age
 from tests.kfp_api import KfpApi, KubernetesApi
 
 TEST = Path(__file__).parents[2] / "configs" / "clusters" / "test.yaml"
@@ -85,6 +87,13 @@ def test_old_runs_are_listed_and_only_yes_removes_them(api: KfpApi, capsys: pyte
     assert gc(capsys, api, "--yes")[0] == 0
     assert set(api.runs) == set(kept)
     assert len(api.asked("POST", r"/runs/[^/]+:archive")) == 2
+
+
+@pytest.mark.parametrize("text", ["x", "30", "-1d", "99999999999d", "٣d"])
+def test_an_age_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--older-than takes a number"):
+        age(text)
+    assert datetime.now(UTC) - age("99999w")
 
 
 def test_of_the_store_goes_what_belongs_to_no_run(
