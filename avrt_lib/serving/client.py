@@ -129,12 +129,15 @@ def ask_sample(
     started = time.monotonic()
     document = _request("POST", base_url, "/chat/completions", api_key, wait_s, body)
     latency = time.monotonic() - started
+    usage = document.get("usage") or {}
     try:
         raw = document["choices"][0]["message"]["content"] or ""
-    except (KeyError, IndexError, TypeError) as error:
+        tokens_in, tokens_out = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise _no_api(base_url, str(document)) from error
+    if not isinstance(raw, str):
+        raise _no_api(base_url, str(document))
     answer = answers.extract(raw, sample.options)
-    usage = document.get("usage") or {}
     return Reply(
         raw=raw,
         reasoning=answers.split_reasoning(raw)[0],
@@ -142,8 +145,8 @@ def ask_sample(
         text=None if answer.index is None else sample.options[answer.index],
         invalid_reason=answer.reason,
         latency_s=latency,
-        tokens_in=int(usage.get("prompt_tokens") or 0),
-        tokens_out=int(usage.get("completion_tokens") or 0),
+        tokens_in=tokens_in,
+        tokens_out=tokens_out,
     )
 
 

@@ -203,6 +203,13 @@ def vllm_error(status: int, message: str) -> dict[str, Any]:
         (200, "<html>Welcome</html>", "does not answer as an OpenAI-compatible server (<html>Welcome</html>)"),
         (200, {"object": "error"}, "does not answer as an OpenAI-compatible server"),
         (200, {"choices": []}, "does not answer as an OpenAI-compatible server"),
+        (
+            200,
+            {"choices": [{"message": {"content": [{"type": "text", "text": ANSWER}]}}]},
+            "does not answer as an OpenAI-compatible server",
+        ),
+        (200, {**COMPLETION, "usage": [9, 5]}, "does not answer as an OpenAI-compatible server"),
+        (200, {**COMPLETION, "usage": {"prompt_tokens": "many"}}, "does not answer as an OpenAI-compatible server"),
     ],
 )
 def test_what_a_server_refuses_is_one_line_with_the_mend(
