@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import subprocess
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -40,6 +42,7 @@ class ForgeServer:
         kind: github, gitlab or gitea.
         repository: the project's bare repository.
         failing: statuses that the next requests get instead of an answer.
+        limiting: so many of the next requests are too many, and the pause in seconds that is asked for.
         losing: answers to creations that are lost: the request is made, and 502 is said.
         holding: the answer to a creation is held back until this is set; ``held`` tells that one is.
     """
@@ -48,6 +51,7 @@ class ForgeServer:
     repository: Path
     pulls: list[Pull] = field(default_factory=list)
     failing: list[int] = field(default_factory=list)
+    limiting: tuple[int, int] = (0, 0)
     losing: int = 0
     holding: threading.Event | None = None
     held: threading.Event = field(default_factory=threading.Event)
@@ -134,8 +138,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _let_in(self, path: str | None = None) -> bool:
         forge = self.server_forge
+        requests, pause = forge.limiting
         if forge.failing:
             self._answer(forge.failing.pop(0), {"message": "Try again later"})
+        elif requests:
+            forge.limiting = (requests - 1, pause)
+            said = {"message": "You have exceeded a secondary rate limit. Please wait a few minutes."}
+            self._answer(403 if forge.kind == "github" else 429, said, {"Retry-After": str(pause)})
         elif self.headers["Authorization"] != f"{_SCHEME[forge.kind]} {TOKEN}":
             self._answer(401, {"message": "Bad credentials" if forge.kind == "github" else "401 Unauthorized"})
         elif (path or urlsplit(self.path).path) != _PULLS[forge.kind]:
@@ -211,12 +220,14 @@ class _Handler(BaseHTTPRequestHandler):
             "html_url": f"https://{self.server_forge.kind}.example.com/{PROJECT}/{word}/{pull.number}",
         }
 
-    def _answer(self, status: int, document: Any) -> None:
+    def _answer(self, status: int, document: Any, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         body = json.dumps(document).encode()
         try:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
+            for name, value in headers.items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
         except OSError:  # who asked has been killed meanwhile

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 30.0
 _TRIES = 4
+#: A forge that asks for a longer pause is asked again by whoever starts the step again.
+_LONGEST_WAIT_S = 60.0
 _PAGE = 50
 
 
@@ -50,7 +52,9 @@ def open_pull_request(config: DeploymentConfig, branch: str, title: str, body: s
 
 
 class _Busy(ServingError):
-    """The forge may answer a little later."""
+    """The forge may answer a little later; ``wait_s`` is how much later, where it says so."""
+
+    wait_s = 0.0
 
 
 class _Forge(ABC):
@@ -97,10 +101,10 @@ class _Forge(ABC):
                 if pull := found or self.create(branch, base, title, body):
                     return str(pull[self._URL])
                 raise _Busy(f"{self._address} has a pull request of {branch}, but does not show it.")
-            except _Busy:
-                if tries == _TRIES:
+            except _Busy as problem:
+                if tries == _TRIES or problem.wait_s > _LONGEST_WAIT_S:
                     raise
-                time.sleep(2**tries / 4)
+                time.sleep(max(2**tries / 4, problem.wait_s))
 
     def _tell(self, pull: dict[str, Any], body: str) -> None:
         """Give a pull request its text, unless it holds it: what people have written around it stays then."""
@@ -136,14 +140,22 @@ class _Forge(ABC):
                 raise ServingError(
                     f"{self._address} does not answer as a forge's API ({said}): correct deployment.git.api_url."
                 ) from error
+        # GitHub says 403 where others say 429.
+        limited = answer.status_code == 429 or (answer.status_code == 403 and "rate limit" in answer.text.lower())
         mend = {
             401: "the token in deployment.git.token_env is not valid",
             403: "the token in deployment.git.token_env may not make pull requests",
             404: f"correct deployment.git.project ({self._project}) or api_url, or let the token see the project",
         }.get(answer.status_code)
-        kind = _Busy if answer.status_code == 429 or answer.status_code >= 500 else ServingError
-        reason = f"{self._address} answered {answer.status_code} to {method} {path}: {said}"
-        raise kind(f"{reason}{f' — {mend}' if mend else ''}.")
+        if limited:
+            mend = "it takes no more requests of this token for now: start the step again later"
+        message = f"{self._address} answered {answer.status_code} to {method} {path}: {said}"
+        message = f"{message}{f' — {mend}' if mend else ''}."
+        if not limited and answer.status_code < 500:
+            raise ServingError(message)
+        busy, pause = _Busy(message), answer.headers.get("retry-after", "")
+        busy.wait_s = float(pause) if pause.isdecimal() else 0.0
+        raise busy
 
 
 class _GitHub(_Forge):

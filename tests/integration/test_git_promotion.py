@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ import yaml
 from avrt_lib import tracking
 from avrt_lib.errors import ServingError
 from avrt_lib.promotion import manifest
-from avrt_lib.serving import gitops
+from avrt_lib.serving import forges, gitops
 from avrt_lib.store import ModelPlace
 from tests.forge_api import TOKEN, ForgeServer
 from tests.git_https import GitServer
@@ -246,6 +247,21 @@ def test_an_answer_that_was_lost_makes_no_second_pull_request(remote: Path, tmp_
     with ForgeServer(kind, remote, losing=1, failing=[503]) as forge:
         assert Model().promote(configured(remote, **forge.settings), tmp_path).pull_request
         assert len(forge.pulls) == 1
+
+
+@pytest.mark.parametrize("kind", FORGES)
+def test_a_forge_that_asks_for_a_pause_gets_it(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    paused: list[float] = []
+    monkeypatch.setattr(forges, "time", SimpleNamespace(sleep=paused.append))
+    with ForgeServer(kind, remote, limiting=(1, 30)) as forge:
+        assert Model().promote(configured(remote, **forge.settings), tmp_path).pull_request
+        assert paused == [30]
+        forge.limiting = (1, 3600)
+        with pytest.raises(ServingError, match=r"rate limit.*start the step again later"):
+            Model(4, "f00").promote(configured(remote, **forge.settings), tmp_path)
+        assert paused == [30]
 
 
 @pytest.mark.parametrize("kind", FORGES)
