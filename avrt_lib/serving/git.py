@@ -85,6 +85,8 @@ class Repository:
         self._token = ""
         # The copy is gone in a moment: it needs no tidying up.
         self._settings = [("core.hooksPath", os.devnull), ("gc.auto", "0"), ("maintenance.auto", "false")]
+        # It would stand before what `git log` is asked for.
+        self._settings.append(("log.showSignature", "false"))
         if config.git.token_env:
             self._token = header_key(os.environ.get(config.git.token_env, ""), config.git.token_env)
             if not self._token:

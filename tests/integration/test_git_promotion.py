@@ -365,10 +365,13 @@ def test_gits_own_wish_to_sign_is_heard(remote: Path, tmp_path: Path, monkeypatc
     key = tmp_path / "key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True, timeout=60)
     settings = tmp_path / "gitconfig"
-    settings.write_text(f"[commit]\ngpgSign = true\n[gpg]\nformat = ssh\n[user]\nsigningKey = {key}\n")
+    settings.write_text(
+        f"[commit]\ngpgSign = true\n[gpg]\nformat = ssh\n[user]\nsigningKey = {key}\n[log]\nshowSignature = true\n"
+    )
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings))
-    Model().promote(configured(remote), tmp_path)
+    first = Model().promote(configured(remote), tmp_path)
     assert "-----BEGIN SSH SIGNATURE-----" in git(remote, "cat-file", "commit", "main")
+    assert Model().promote(configured(remote), tmp_path) == first
 
 
 @pytest.mark.parametrize("partial", [True, False])
