@@ -135,11 +135,14 @@ class _Forge(ABC):
             return None
         if answer.is_success:
             try:
-                return answer.json()
-            except ValueError as error:
+                document = answer.json()
+            except ValueError:
+                document = None
+            if not isinstance(document, list if method == "GET" else dict):
                 raise ServingError(
                     f"{self._address} does not answer as a forge's API ({said}): correct deployment.git.api_url."
-                ) from error
+                )
+            return document
         # GitHub says 403 where others say 429.
         limited = answer.status_code == 429 or (answer.status_code == 403 and "rate limit" in answer.text.lower())
         mend = {

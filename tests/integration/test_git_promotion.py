@@ -250,6 +250,15 @@ def test_an_answer_that_was_lost_makes_no_second_pull_request(remote: Path, tmp_
 
 
 @pytest.mark.parametrize("kind", FORGES)
+def test_a_server_that_is_no_forge_is_named_so(remote: Path, tmp_path: Path, kind: str) -> None:
+    with (
+        ForgeServer(kind, remote, failing=[200]) as forge,
+        pytest.raises(ServingError, match=r"does not answer as a forge's API.*api_url"),
+    ):
+        Model().promote(configured(remote, **forge.settings), tmp_path)
+
+
+@pytest.mark.parametrize("kind", FORGES)
 def test_a_forge_that_asks_for_a_pause_gets_it(
     remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
