@@ -6,12 +6,14 @@ last word: each entry links to it. This is no legal advice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from avrt_lib.config import HUB, Config, EngineConfig, StudentConfig
 from avrt_lib.hub.folder import slug
 from avrt_lib.models import BUILTIN
+from avrt_lib.runs import has_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +55,30 @@ _TABLE = (
 KNOWN: dict[str, Licence] = {licence.model: licence for licence in _TABLE}
 
 
-def loaded_models(config: Config) -> dict[str, EngineConfig | StudentConfig]:
-    """The parts of a configuration that load a model themselves, by their key; endpoints are left out."""
-    engines = {
-        "teachers.vision.engine": config.teachers.vision.engine,
-        "teachers.audio.engine": config.teachers.audio.engine,
-        "merger.engine": config.merger.engine,
+def loaded_models(config: Config, components: Sequence[str] | None = None) -> dict[str, EngineConfig | StudentConfig]:
+    """The parts of a configuration that load a model themselves, by their key; endpoints are left out.
+
+    Args:
+        config: the configuration.
+        components: what the run's pipeline is made of; None: the whole path.
+    """
+    return {
+        key: part
+        for key, part in _models(config, components).items()
+        if isinstance(part, StudentConfig) or part.kind == "vllm"
     }
-    return {**{key: engine for key, engine in engines.items() if engine.kind == "vllm"}, "student": config.student}
+
+
+def _models(config: Config, components: Sequence[str] | None) -> dict[str, EngineConfig | StudentConfig]:
+    """The parts of a configuration that name a model which a step of the pipeline uses."""
+    learns = ("sft",) if config.evaluation.endpoint else ("sft", "evaluation")
+    users: dict[str, tuple[EngineConfig | StudentConfig, tuple[str, ...]]] = {
+        "teachers.vision.engine": (config.teachers.vision.engine, ("vision_teacher",)),
+        "teachers.audio.engine": (config.teachers.audio.engine, ("audio_teacher",)),
+        "merger.engine": (config.merger.engine, ("merger",)),
+        "student": (config.student, learns),
+    }
+    return {key: part for key, (part, steps) in users.items() if any(has_step(components, step) for step in steps)}
 
 
 def find(reference: str) -> Licence | None:
@@ -78,8 +96,12 @@ def find(reference: str) -> Licence | None:
     return next((licence for licence in _TABLE if slug(licence.model) in names), None)
 
 
-def licences_of(config: Config) -> dict[str, Licence | None]:
-    """The licence of each model that a configuration uses, endpoints' too; None where it is not known here."""
-    engines = (config.teachers.vision.engine, config.teachers.audio.engine, config.merger.engine)
-    references = [*(engine.model for engine in engines), config.student.model]
+def licences_of(config: Config, components: Sequence[str] | None = None) -> dict[str, Licence | None]:
+    """The licence of each model that a configuration uses, endpoints' too; None where it is not known here.
+
+    Args:
+        config: the configuration.
+        components: what the run's pipeline is made of; None: the whole path.
+    """
+    references = [part.model for part in _models(config, components).values()]
     return {reference: find(reference) for reference in references if not reference.startswith(BUILTIN)}

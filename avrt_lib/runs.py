@@ -134,6 +134,16 @@ def find(runs_dir: Path, name: str = LATEST) -> RunFolder:
     raise UsageError(f"There is no run {name!r} in {runs_dir}; {listed}.")
 
 
+def has_step(components: Sequence[str] | None, step: str) -> bool:
+    """Whether a pipeline has a step.
+
+    Args:
+        components: what the pipeline is made of, as ``instances`` takes it.
+        step: the step.
+    """
+    return components is None or any(name.partition("-")[0] == step for name in components)
+
+
 def instances(config: Config, components: Sequence[str] | None = None) -> dict[str, list[str]]:
     """The step instances of a run, by component, in the order in which they can run.
 

@@ -83,7 +83,13 @@ class Step:
 
 STEPS: dict[str, Step] = {
     "preflight": Step(
-        "avrt_lib.preflight", (), ("checks",), ("data", "teachers", "store", "deployment"), "pipeline", repeatable=False
+        "avrt_lib.preflight",
+        (),
+        ("checks",),
+        ("data", "teachers", "store", "deployment"),
+        "pipeline",
+        ("components",),
+        repeatable=False,
     ),
     "ingest": Step("avrt_lib.ingest", (), ("samples",), ("data", "merger", "seed"), "pipeline", ("data_hash",)),
     "vision_teacher": Step(

@@ -71,7 +71,7 @@ def build(options: Options) -> Any:
         common = {"work": work, "data_hash": data_hash, "library_version": library_version}
         graph = Graph(options, common, {"pipeline": pipeline_image, "train": train_image, "vllm": vllm_image})
         with graph.summarised(run_summary, COMPONENTS):
-            checked = graph.task(preflight)
+            checked = graph.task(preflight, components=",".join(COMPONENTS))
             ingested = graph.task(ingest).after(checked)
             samples = ingested.outputs["samples"]
             merging = traces(graph, samples, *teachers)

@@ -457,12 +457,12 @@ def _check(order: Order, profile: Profile) -> None:
     from avrt_lib.cli.doctor import show
     from avrt_lib.preflight.checks import FAILED, WARNING, licence_checks
     from avrt_lib.preflight.cluster import CLUSTER, cluster_checks
-    from pipelines.compile import for_pipeline
+    from pipelines.compile import components_of, for_pipeline
 
-    config = for_pipeline(order.config, order.pipeline)
+    config, components = for_pipeline(order.config, order.pipeline), components_of(order.pipeline)
     deadline, said = time.monotonic() + COMING_UP_S, ""
     while True:
-        found = [*cluster_checks(config, profile), *licence_checks(config)]
+        found = [*cluster_checks(config, profile, components), *licence_checks(config, components)]
         failed = [check for check in found if check.status == FAILED]
         if not failed or not all(check.coming_up for check in failed) or time.monotonic() >= deadline:
             break

@@ -71,9 +71,15 @@ def compile_pipeline(
 
 def for_pipeline(config: Config, pipeline: str) -> Config:
     """The configuration as this pipeline needs it: one that deploys nothing asks for no place to deploy to."""
-    if "deployment" in importlib.import_module(f"pipelines.{pipeline}").COMPONENTS:
+    if "deployment" in components_of(pipeline):
         return config
     return config.model_copy(update={"deployment": config.deployment.model_copy(update={"target": "local"})})
+
+
+def components_of(pipeline: str) -> tuple[str, ...]:
+    """What a pipeline is made of: components, or single instances of them."""
+    found: tuple[str, ...] = importlib.import_module(f"pipelines.{pipeline}").COMPONENTS
+    return found
 
 
 def _compile(pipeline: str, options: Options, written: Path, manifest: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def build(options: Options) -> Any:
         common = {"work": work, "data_hash": data_hash, "library_version": library_version}
         graph = Graph(options, common, {"pipeline": pipeline_image, "vllm": vllm_image})
         with graph.summarised(run_summary, COMPONENTS):
-            ingested = graph.task(ingest).after(graph.task(preflight))
+            ingested = graph.task(ingest).after(graph.task(preflight, components=",".join(COMPONENTS)))
             samples = ingested.outputs["samples"]
             merged = traces(graph, samples, *teachers).outputs["merged"]
             gate = graph.task(data_validation, samples=samples, merged=merged)

@@ -34,7 +34,7 @@ def build(options: Options) -> Any:
         common = {"work": work, "data_hash": data_hash, "library_version": library_version}
         graph = Graph(options, common, {"pipeline": pipeline_image, "vllm": vllm_image})
         with graph.summarised(run_summary, COMPONENTS):
-            ingested = graph.task(ingest).after(graph.task(preflight))
+            ingested = graph.task(ingest).after(graph.task(preflight, components=",".join(COMPONENTS)))
             graph.task(evaluation, "evaluation-base", samples=ingested.outputs["samples"], role="base")
 
     return evaluate

@@ -48,7 +48,7 @@ def build(options: Options) -> Any:
         common = {"work": work, "data_hash": data_hash, "library_version": library_version}
         graph = Graph(options, common, {"pipeline": pipeline_image, "train": train_image, "vllm": vllm_image})
         with graph.summarised(run_summary, COMPONENTS):
-            ingested = graph.task(ingest).after(graph.task(preflight))
+            ingested = graph.task(ingest).after(graph.task(preflight, components=",".join(COMPONENTS)))
             samples = ingested.outputs["samples"]
             merged = graph.task(import_traces, samples=samples, source=traces).outputs["merged"]
             base = graph.task(evaluation, "evaluation-base", samples=samples, role="base")

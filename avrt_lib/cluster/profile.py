@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,6 +17,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from avrt_lib.config import Config, EngineConfig, Section, read_mapping, validated
 from avrt_lib.errors import ConfigError
+from avrt_lib.runs import has_step
 
 #: Holds the profile, as JSON, in the pod of a run's first step.
 VARIABLE = "AVRT_CLUSTER_PROFILE"
@@ -275,6 +276,17 @@ class Profile(Section):
             return own
         lifetime = own.model_dump(include={"timeout_s", "retries", "retry_wait_s"})
         return self.pools["cpu"].model_copy(update=lifetime)
+
+    def for_pipeline(self, components: Sequence[str] | None) -> Profile:
+        """The same cluster without the pools that no step of a pipeline goes to.
+
+        Args:
+            components: what the pipeline is made of; None: the whole path.
+        """
+        pools = {
+            role: pool for role, pool in self.pools.items() if any(has_step(components, step) for step in ROLES[role])
+        }
+        return self.model_copy(update={"pools": pools})
 
     def in_namespace(self, namespace: str | None) -> Profile:
         """The same cluster with the runs in this namespace; None leaves them where the profile has them."""

@@ -19,7 +19,7 @@ log = logging.getLogger("avrt.preflight")
 _LEVELS = {OK: logging.INFO, UNKNOWN: logging.INFO, WARNING: logging.WARNING, FAILED: logging.ERROR}
 
 
-def run(config: Config, *, workspace: Workspace, checks: Path) -> dict[str, Any]:
+def run(config: Config, *, workspace: Workspace, checks: Path, components: str = "") -> dict[str, Any]:
     """Check what the run needs and write every result.
 
     In a pod the cluster's profile is in the environment, and what it asks for is looked for on the cluster too.
@@ -28,6 +28,8 @@ def run(config: Config, *, workspace: Workspace, checks: Path) -> dict[str, Any]
         config: the run's configuration.
         workspace: where the step works; the disk below it is checked.
         checks: output folder; gets ``checks.json``, a list of ``{name, status, found, mend, coming_up}``.
+        components: the components that the pipeline is made of, separated by commas; empty: the whole path. What no
+            step of it needs is not looked for.
 
     Returns:
         Facts: how many checks passed, warned and failed, and what the warnings say.
@@ -40,11 +42,12 @@ def run(config: Config, *, workspace: Workspace, checks: Path) -> dict[str, Any]
     from avrt_lib.preflight.cluster import cluster_checks
 
     profile = profile_of_pod()
-    on_cluster = cluster_checks(config, profile) if profile else []
+    parts = components.split(",") if components else None
+    on_cluster = cluster_checks(config, profile, parts) if profile else []
     results: list[Check] = []
     problem: AvrtError | None = None
     try:
-        for result in itertools.chain(on_cluster, for_run(config, workspace.root, profile)):
+        for result in itertools.chain(on_cluster, for_run(config, workspace.root, profile, parts)):
             log.log(_LEVELS[result.status], "%s", result.line())
             results.append(result)
     except AvrtError as error:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from packaging.specifiers import SpecifierSet
 from avrt_lib.config import Config, EngineConfig
 from avrt_lib.errors import AvrtError, ConfigError
 from avrt_lib.keys import header_key
+from avrt_lib.runs import has_step
 
 if TYPE_CHECKING:
     from avrt_lib.cluster.profile import Profile
@@ -68,13 +69,16 @@ def for_machine(folder: Path, *, port: int = 8000) -> list[Check]:
     return checks + [packages(extra) for extra in EXTRAS] + [vllm()]
 
 
-def for_run(config: Config, folder: Path, profile: Profile | None = None) -> Iterator[Check]:
+def for_run(
+    config: Config, folder: Path, profile: Profile | None = None, components: Sequence[str] | None = None
+) -> Iterator[Check]:
     """What this run needs of the place where it starts: the machine of a local run, or the first pod of another.
 
     Args:
         config: the run's configuration.
         folder: where the step works.
         profile: of the cluster whose pod this is; what its API server knows is checked apart.
+        components: what the run's pipeline is made of; None: the whole path.
 
     Yields:
         One check after another; the sources come last.
@@ -86,10 +90,10 @@ def for_run(config: Config, folder: Path, profile: Profile | None = None) -> Ite
     local = "AVRT_RUN" in os.environ
     yield python()
     yield packages("pipeline")
-    yield from models(config, local=local, profile=profile)
-    yield from licence_checks(config)
+    yield from models(config, local=local, profile=profile, components=components)
+    yield from licence_checks(config, components)
     if profile is None:
-        yield from endpoints(config)
+        yield from endpoints(config, components=components)
     if local:
         yield from (disk(folder), memory(), packages("train"), packages("vllm"), vllm(), gpu())
         if config.store.kind == "s3":
@@ -231,8 +235,10 @@ def sources(config: Config) -> list[Check]:
     return [Check("Sources", OK, f"{listed} ({digest[:12]})")]
 
 
-def models(config: Config, *, local: bool, profile: Profile | None = None) -> list[Check]:
-    """Whether the configured models can be found.
+def models(
+    config: Config, *, local: bool, profile: Profile | None = None, components: Sequence[str] | None = None
+) -> list[Check]:
+    """Whether the configured models can be found, as far as a step of the pipeline loads them.
 
     A folder that is not here fails a local run, and one on a cluster where it should be on a claim that this pod has
     mounted too; elsewhere it may be part of an image.
@@ -243,7 +249,7 @@ def models(config: Config, *, local: bool, profile: Profile | None = None) -> li
 
     mounts = tuple(f"{volume.mount_path.rstrip('/')}/" for volume in profile.volumes) if profile else ()
     checks = []
-    for key, part in loaded_models(config).items():
+    for key, part in loaded_models(config, components).items():
         reference = part.model
         if "://" in reference:
             checks.append(Check(f"Model {key}", OK, f"{reference} (read by the step)"))
@@ -258,7 +264,7 @@ def models(config: Config, *, local: bool, profile: Profile | None = None) -> li
     return checks
 
 
-def licence_checks(config: Config) -> list[Check]:
+def licence_checks(config: Config, components: Sequence[str] | None = None) -> list[Check]:
     """One check for each model of a configuration: a restricted licence warns until its id is accepted.
 
     ``accepted_licences`` takes the id in the table, or the reference as the configuration has it.
@@ -266,7 +272,7 @@ def licence_checks(config: Config) -> list[Check]:
     from avrt_lib.licences import licences_of
 
     checks = []
-    for reference, licence in licences_of(config).items():
+    for reference, licence in licences_of(config, components).items():
         label = f"Licence {reference}"
         if licence is None:
             accepted, found = reference in config.accepted_licences, "not known here"
@@ -283,15 +289,16 @@ def licence_checks(config: Config) -> list[Check]:
     return checks
 
 
-def endpoints(config: Config, *, inside: bool = True) -> list[Check]:
+def endpoints(config: Config, *, inside: bool = True, components: Sequence[str] | None = None) -> list[Check]:
     """Whether each configured endpoint answers, takes the key, and serves the model.
 
     Args:
         config: the run's configuration.
         inside: whether this is where the run's steps are; elsewhere a cluster's own addresses and the steps' keys are
             not to be had.
+        components: what the run's pipeline is made of; None: the whole path.
     """
-    wanted = [(name, engine) for name, engine in engines(config) if engine.kind == "endpoint"]
+    wanted = [(name, engine) for name, engine in engines(config, components) if engine.kind == "endpoint"]
     with ThreadPoolExecutor(max_workers=4) as pool:
         return list(pool.map(lambda each: _endpoint(*each, inside=inside), wanted))
 
@@ -340,12 +347,15 @@ def in_cluster(host: str) -> bool:
     return host.endswith((".svc", ".cluster.local")) or ("." not in host and host != "localhost")
 
 
-def engines(config: Config) -> Iterator[tuple[str, EngineConfig]]:
-    """Every engine that a configuration names, by its key."""
-    yield "teachers.vision.engine", config.teachers.vision.engine
-    yield "teachers.audio.engine", config.teachers.audio.engine
-    yield "merger.engine", config.merger.engine
-    if config.evaluation.endpoint is not None:
+def engines(config: Config, components: Sequence[str] | None = None) -> Iterator[tuple[str, EngineConfig]]:
+    """Every engine that a configuration names for a step of the pipeline, by its key."""
+    if has_step(components, "vision_teacher"):
+        yield "teachers.vision.engine", config.teachers.vision.engine
+    if has_step(components, "audio_teacher"):
+        yield "teachers.audio.engine", config.teachers.audio.engine
+    if has_step(components, "merger"):
+        yield "merger.engine", config.merger.engine
+    if config.evaluation.endpoint is not None and has_step(components, "evaluation"):
         yield "evaluation.endpoint", config.evaluation.endpoint
 
 

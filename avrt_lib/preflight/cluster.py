@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 
 from avrt_lib.cluster.profile import VARIABLE, Profile, secret_variables
 from avrt_lib.config import Config
@@ -22,20 +23,21 @@ from avrt_lib.preflight.fit import fit
 CLUSTER = "Cluster"
 
 
-def cluster_checks(config: Config, profile: Profile) -> list[Check]:
+def cluster_checks(config: Config, profile: Profile, components: Sequence[str] | None = None) -> list[Check]:
     """Everything that a run of this configuration asks of the cluster of this profile.
 
     Args:
         config: the run's configuration, with the profile's ``overrides``.
         profile: the cluster's.
+        components: what the run's pipeline is made of; None: the whole path.
 
     Returns:
         The checks; one that ``failed`` makes the run impossible. No secret's value is in any of them.
     """
-    inside = VARIABLE in os.environ
+    inside, profile = VARIABLE in os.environ, profile.for_pipeline(components)
     variables = {name for keys in secret_variables(profile).values() for name in keys.values()}
-    checks = list(fit(config, profile, variables | set(profile.environment)))
-    checks += endpoints(config, inside=inside)
+    checks = list(fit(config, profile, variables | set(profile.environment), components))
+    checks += endpoints(config, inside=inside, components=components)
     credentials: dict[str, dict[str, str]] = {}
     try:
         cluster = Cluster(inside=inside)
@@ -57,7 +59,11 @@ def cluster_checks(config: Config, profile: Profile) -> list[Check]:
             checks += part
     deadline = time.monotonic() + (services.COMING_UP_S if inside else 0.0)
     key = credentials.get(profile.store.secret)
-    checks.append(services.until_up(lambda: services.store_check(config, profile, key, inside=inside), deadline))
+    checks.append(
+        services.until_up(
+            lambda: services.store_check(config, profile, key, inside=inside, components=components), deadline
+        )
+    )
     if config.deployment.target == "git" and inside:
         checks.append(services.manifests_check(config))
     if tracking := profile.tracking:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from urllib.parse import urlsplit
 
@@ -11,6 +11,7 @@ from avrt_lib.cluster.profile import Profile, Role, Volume
 from avrt_lib.config import Config
 from avrt_lib.errors import ConfigError
 from avrt_lib.preflight.checks import FAILED, OK, WARNING, Check, engines
+from avrt_lib.runs import has_step
 
 #: Whose pods load the model of an engine.
 ENGINE_ROLES: dict[str, Role] = {
@@ -24,19 +25,22 @@ _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SERVICE = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
-def fit(config: Config, profile: Profile, variables: set[str]) -> Iterator[Check]:
+def fit(
+    config: Config, profile: Profile, variables: set[str], components: Sequence[str] | None = None
+) -> Iterator[Check]:
     """Check a configuration against a profile.
 
     Args:
         config: the run's configuration.
         profile: the cluster's.
         variables: the environment variables that a step's pod gets.
+        components: what the run's pipeline is made of; None: the whole path.
     """
     yield _names(config, profile)
-    yield _targets(config)
-    yield from _gpus(config, profile)
-    yield from _keys(config, variables)
-    yield from _paths(config, profile)
+    yield _targets(config, components)
+    yield from _gpus(config, profile, components)
+    yield from _keys(config, variables, components)
+    yield from _paths(config, profile, components)
 
 
 def _names(config: Config, profile: Profile) -> Check:
@@ -74,30 +78,34 @@ def _names(config: Config, profile: Profile) -> Check:
     return Check("Names", OK, f"{config.promotion.model_name} in {config.deployment.namespace}")
 
 
-def _targets(config: Config) -> Check:
+def _targets(config: Config, components: Sequence[str] | None) -> Check:
     if config.store.kind == "local":
         return Check(
             "Targets", FAILED, "store.kind=local keeps the models in a pod that goes away", "set store.kind=s3"
         )
-    if config.deployment.target == "local":
-        mend = "set deployment.target to kserve or git, unless the pipeline is data or evaluate"
+    if config.deployment.target == "local" and has_step(components, "deployment"):
+        mend = "set deployment.target to kserve or git"
         return Check("Targets", WARNING, "deployment.target=local cannot serve from a step's pod", mend)
     return Check("Targets", OK, f"store {config.store.kind}, deployment {config.deployment.target}")
 
 
-def _gpus(config: Config, profile: Profile) -> Iterator[Check]:
+def _gpus(config: Config, profile: Profile, components: Sequence[str] | None) -> Iterator[Check]:
     """CUDA builds of vLLM start on GPUs alone, and on as many as they are told; so do several training processes."""
     if profile.build != "cuda":
         return
     needed: dict[str, tuple[Role, int]] = {
         name: (ENGINE_ROLES[name], engine.tensor_parallel_size)
-        for name, engine in engines(config)
+        for name, engine in engines(config, components)
         if engine.kind == "vllm"
     }
-    if config.evaluation.endpoint is None:
+    if config.evaluation.endpoint is None and has_step(components, "evaluation"):
         needed["evaluation"] = ("evaluation", 1)
     training = {"sft": config.sft.processes or 1, "grpo": config.grpo.processes or 1}
-    needed |= {name: ("training", processes) for name, processes in training.items() if processes > 1}
+    needed |= {
+        name: ("training", processes)
+        for name, processes in training.items()
+        if processes > 1 and has_step(components, name)
+    }
     for name, (role, gpus) in needed.items():
         offered = profile.pools[role].gpus
         key = "processes" if name in training else "tensor_parallel_size"
@@ -111,8 +119,8 @@ def _gpus(config: Config, profile: Profile) -> Iterator[Check]:
             )
 
 
-def _keys(config: Config, variables: set[str]) -> Iterator[Check]:
-    for name, engine in engines(config):
+def _keys(config: Config, variables: set[str], components: Sequence[str] | None) -> Iterator[Check]:
+    for name, engine in engines(config, components):
         if engine.kind == "endpoint" and engine.api_key_env and engine.api_key_env not in variables:
             yield Check(
                 f"Key {name}",
@@ -128,9 +136,9 @@ def volumes_read(config: Config, profile: Profile) -> list[Volume]:
     return [volume for volume in profile.volumes if any(_holds(volume, path) for path in paths)]
 
 
-def _paths(config: Config, profile: Profile) -> Iterator[Check]:
+def _paths(config: Config, profile: Profile, components: Sequence[str] | None) -> Iterator[Check]:
     """Folders that a step reads must be on a volume; they may also be part of an image of one's own."""
-    for key, path in _folders(config).items():
+    for key, path in _folders(config, components).items():
         if not any(_holds(volume, path) for volume in profile.volumes):
             mend = "put it on a claim and name that in the profile's volumes" + (
                 ", or publish the model with `avrt models`" if key.endswith(".model") else ""
@@ -138,13 +146,14 @@ def _paths(config: Config, profile: Profile) -> Iterator[Check]:
             yield Check(f"Path {key}", WARNING, f"{path} is on none of the profile's volumes", mend)
 
 
-def _folders(config: Config) -> dict[str, str]:
-    """The folders that a configuration names, by key."""
+def _folders(config: Config, components: Sequence[str] | None = None) -> dict[str, str]:
+    """The folders that a configuration names for a step of the pipeline, by key."""
     from avrt_lib.licences import loaded_models
     from avrt_lib.runs import sources
 
     paths = {f"data.{name}.path": source.path for name, source in sources(config).items() if source.path}
-    paths |= {f"{key}.model": part.model for key, part in loaded_models(config).items() if ":" not in part.model}
+    models = loaded_models(config, components)
+    paths |= {f"{key}.model": part.model for key, part in models.items() if ":" not in part.model}
     repository = urlsplit(config.deployment.manifests_url or "")
     if config.deployment.target == "git" and repository.scheme == "file":
         paths["deployment.manifests_url"] = repository.path

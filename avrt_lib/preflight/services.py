@@ -8,7 +8,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -45,7 +45,14 @@ def until_up(ask: Callable[[], Check], deadline: float) -> Check:
     return check
 
 
-def store_check(config: Config, profile: Profile, secret: Mapping[str, str] | None, *, inside: bool) -> Check:
+def store_check(
+    config: Config,
+    profile: Profile,
+    secret: Mapping[str, str] | None,
+    *,
+    inside: bool,
+    components: Sequence[str] | None = None,
+) -> Check:
     """Reach the bucket, write to it, and take away what was written; then look for the configuration's models there.
 
     Args:
@@ -53,6 +60,7 @@ def store_check(config: Config, profile: Profile, secret: Mapping[str, str] | No
         profile: the cluster's.
         secret: the store's secret by key, where it could be read; a pod has it in its environment.
         inside: whether this is a pod of the run.
+        components: what the run's pipeline is made of; None: the whole path.
     """
     label, access = "Bucket", profile.store
     host = access.endpoint.rpartition(":")[0] or access.endpoint
@@ -70,10 +78,12 @@ def store_check(config: Config, profile: Profile, secret: Mapping[str, str] | No
     else:
         keys = secret["access_key"].strip(), secret["secret_key"].strip()
         settings = S3Settings(access.endpoint, access.secure, *keys, access.region)
-    return _probe(config, profile, settings, inside=inside)
+    return _probe(config, profile, settings, components, inside=inside)
 
 
-def _probe(config: Config, profile: Profile, settings: S3Settings, *, inside: bool) -> Check:
+def _probe(
+    config: Config, profile: Profile, settings: S3Settings, components: Sequence[str] | None, *, inside: bool
+) -> Check:
     import urllib3
     from minio.error import MinioException, S3Error
 
@@ -90,7 +100,9 @@ def _probe(config: Config, profile: Profile, settings: S3Settings, *, inside: bo
                 connection.make_bucket(bucket)
             connection.put_object(bucket, _PROBE, io.BytesIO(b"avrt"), 4)
             connection.remove_object(bucket, _PROBE)
-        return _models(config, profile, connection) or Check(label, OK, f"{bucket} at {at} can be written to")
+        return _models(config, profile, connection, components) or Check(
+            label, OK, f"{bucket} at {at} can be written to"
+        )
     except S3Error as error:
         if error.code in _UNKNOWN_KEY:
             mend = f"correct access_key and secret_key of the secret {secret}"
@@ -104,11 +116,11 @@ def _probe(config: Config, profile: Profile, settings: S3Settings, *, inside: bo
         return Check(label, FAILED, f"{at} cannot be reached ({one_line(error)})", mend, coming_up=inside)
 
 
-def _models(config: Config, profile: Profile, connection: Any) -> Check | None:
+def _models(config: Config, profile: Profile, connection: Any, components: Sequence[str] | None) -> Check | None:
     """Published models must be there, and fit on the disk of the pods that fetch them; None where all is well."""
     from avrt_lib.licences import loaded_models
 
-    for key, part in loaded_models(config).items():
+    for key, part in loaded_models(config, components).items():
         if not part.model.startswith("s3://"):
             continue
         place = urlsplit(part.model)

@@ -8,6 +8,7 @@ from components.images import DEFAULT
 @dsl.component(base_image=DEFAULT.pipeline, install_kfp_package=False)
 def preflight(
     checks: dsl.Output[dsl.Artifact],
+    components: str,
     config: str,
     library_version: str,
     data_hash: str,
@@ -20,6 +21,7 @@ def preflight(
 
     Args:
         checks: one JSON document with every check and its result.
+        components: the components that the pipeline is made of, separated by commas.
         config: the run's configuration, or the step's part of it, as JSON text.
         library_version: the version of avrt that the pipeline was compiled with.
         data_hash: identity of the source data; part of the cache key.
@@ -34,5 +36,6 @@ def preflight(
         inputs={},
         outputs={"checks": checks.path},
         work=work,
+        params={"components": components},
         library_version=library_version,
     )

@@ -10,13 +10,14 @@ import pytest
 from kubernetes import client
 from pydantic import ValidationError
 
-from avrt_lib.cluster.profile import Pool, Profile, load_profile, secret_variables
+from avrt_lib.cluster.profile import ROLES, Pool, Profile, load_profile, secret_variables
 from avrt_lib.config import load
 from avrt_lib.preflight.admin import _quota, retry_policy
 from avrt_lib.preflight.checks import Check
 from avrt_lib.preflight.fit import fit, volumes_read
 from avrt_lib.preflight.nodes import pool_check
 from avrt_lib.preflight.objects import named
+from pipelines.compile import PIPELINES, components_of, for_pipeline
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GIB = 1024**3
@@ -30,10 +31,13 @@ def profile(name: str = "test", **changes: Any) -> Profile:
     return Profile.model_validate(document)
 
 
-def checked(found: Profile, variables: tuple[str, ...] = (), **settings: Any) -> dict[str, Check]:
-    """The checks by name."""
-    config = load(CONFIGS / "miniature.yaml", found.overrides | settings)
-    return {check.name: check for check in fit(config, found, set(variables))}
+def checked(
+    found: Profile, variables: tuple[str, ...] = (), pipeline: str = "avrt", **settings: Any
+) -> dict[str, Check]:
+    """The checks of a pipeline by name."""
+    config, components = load(CONFIGS / "miniature.yaml", found.overrides | settings), components_of(pipeline)
+    found = found.for_pipeline(components)
+    return {check.name: check for check in fit(for_pipeline(config, pipeline), found, set(variables), components)}
 
 
 def failing(found: dict[str, Check]) -> list[str]:
@@ -43,6 +47,36 @@ def failing(found: dict[str, Check]) -> list[str]:
 @pytest.mark.parametrize("name", ["test", "onprem-h100", "gke", "eks", "openshift-ai"])
 def test_the_miniature_fits_every_profile(name: str) -> None:
     assert failing(checked(profile(name))) == []
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "asked"),
+    [
+        ("avrt", {"Key merger.engine", "GPUs teachers.vision.engine", "Path teachers.audio.engine.model"}),
+        ("data", {"Key merger.engine", "GPUs teachers.vision.engine", "Path teachers.audio.engine.model"}),
+        ("train", set()),
+        ("evaluate", set()),
+    ],
+)
+def test_only_what_steps_of_the_pipeline_need_is_asked_for(pipeline: str, asked: set[str]) -> None:
+    settings = {
+        "merger.engine.kind": "endpoint",
+        "merger.engine.base_url": "https://models.example.com/v1",
+        "merger.engine.api_key_env": "MERGER_KEY",
+        "teachers.vision.engine.tensor_parallel_size": 64,
+        "teachers.audio.engine.model": "/elsewhere/audio",
+    }
+    assert set(failing(checked(profile("onprem-h100"), pipeline=pipeline, **settings))) == asked
+
+
+def test_a_pipeline_has_the_pools_of_its_steps() -> None:
+    roles = {name: set(profile().for_pipeline(components_of(name)).pools) for name in PIPELINES}
+    assert roles == {
+        "avrt": set(ROLES),
+        "data": {"cpu", "teacher", "merger"},
+        "train": {"cpu", "training", "evaluation"},
+        "evaluate": {"cpu", "evaluation"},
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +312,8 @@ def test_what_a_run_needs_is_looked_for_in_the_namespace_that_it_runs_in(
 ) -> None:
     looked_in: list[str] = []
 
-    def look(_: Any, profile: Profile) -> list[Check]:
+    def look(_: Any, profile: Profile, components: Sequence[str]) -> list[Check]:
+        assert "sft" in components
         looked_in.append(profile.pipelines.namespace)
         return []
 

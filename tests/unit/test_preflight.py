@@ -22,6 +22,7 @@ from avrt_lib.errors import DataError, EnvironmentProblem
 from avrt_lib.preflight import checks
 from avrt_lib.tables import read_json
 from avrt_lib.workspace import Workspace
+from pipelines.compile import components_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MINIATURE = CONFIGS / "miniature.yaml"
@@ -223,6 +224,31 @@ def test_a_pods_checks_are_not_those_of_a_machine(in_pod: Profile, tmp_path: Pat
     names = {check.name for check in checks.for_run(load(MINIATURE), tmp_path, in_pod)}
     assert "Disk" in names
     assert not names & {"Memory", "GPU", "vLLM", "Object store", "Packages (train)"}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "wanted"),
+    [
+        ("data", {"teachers.vision.engine", "teachers.audio.engine", "merger.engine"}),
+        ("train", {"student"}),
+        ("evaluate", {"student"}),
+    ],
+)
+def test_a_part_of_the_path_asks_for_the_models_of_its_steps(
+    in_pod: Profile, tmp_path: Path, pipeline: str, wanted: set[str]
+) -> None:
+    config, components = load(MINIATURE, {"name": pipeline}), ",".join(components_of(pipeline))
+    with pytest.raises(EnvironmentProblem):  # there is no cluster to ask
+        preflight.run(config, workspace=_workspace(tmp_path), checks=tmp_path / "checks", components=components)
+    written = read_json(tmp_path / "checks" / "checks.json")
+    assert {check["name"].removeprefix("Model ") for check in written if check["name"].startswith("Model ")} == wanted
+
+
+def test_an_endpoint_that_is_evaluated_asks_for_no_model(in_pod: Profile, tmp_path: Path) -> None:
+    endpoint = {"kind": "endpoint", "base_url": "http://127.0.0.1:9/v1", "model": "mine"}
+    config, components = load(MINIATURE, {"evaluation.endpoint": endpoint}), components_of("evaluate")
+    assert checks.models(config, local=False, profile=in_pod, components=components) == []
+    assert [name for name, _ in checks.engines(config, components)] == ["evaluation.endpoint"]
 
 
 def test_a_machines_checks_are_all_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
