@@ -172,7 +172,7 @@ class Cluster:
         """The last log lines of containers that ended without a message (``terminationMessagePolicy: File``)."""
         for pod in pods:
             for container in container_statuses(pod):
-                ended = terminated(container)
+                ended = terminated(pod, container)
                 if ended is None or ended.get("message"):
                     continue
                 name = pod["metadata"]["name"]
@@ -258,16 +258,18 @@ def container_statuses(pod: Document) -> list[Document]:
     return [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
 
 
-def terminated(container: Document) -> Document | None:
-    """How a container failed last, or None where it did not or is well again: exit code, reason, message.
+def terminated(pod: Document, container: Document) -> Document | None:
+    """How a container of a pod failed last, or None where it did not or is well again: exit code, reason, message.
 
-    What is started again was not to end, whatever its exit code: a server that its probe has ended says 0.
+    One that runs before the others is to end; of the others an end is a failure whatever its exit code, since a server
+    that its probe has ended says 0.
     """
     if container.get("ready"):
         return None
+    is_to_end = container in ((pod.get("status") or {}).get("initContainerStatuses") or [])
     for state in (container.get("state") or {}, container.get("lastState") or {}):
         ended: Document | None = state.get("terminated")
-        if ended and (ended.get("exitCode") or container.get("restartCount")):
+        if ended and (ended.get("exitCode") or not is_to_end):
             return ended
     return None
 

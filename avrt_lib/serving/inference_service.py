@@ -425,7 +425,7 @@ def _containers(pod: Document, logs: dict[tuple[str, str], str]) -> Iterator[Pro
             yield Problem(_short(text), "push the image, correct its name, or name a pull secret", may_pass=True)
         elif reason in _CONTAINER:
             yield Problem(_short(f"the container cannot start: {message}"), "make what is missing", may_pass=True)
-        elif ended := terminated(container):
+        elif ended := terminated(pod, container):
             yield _crashed(container, ended, logs.get((pod["metadata"]["name"], container["name"]), ""))
 
 

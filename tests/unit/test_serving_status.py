@@ -147,6 +147,17 @@ ROLLING_OUT = {
             pod(template="t", made="2026-11-26T11:00:00Z", containerStatuses=[container(state={"running": {}})]),
         ],
     ),
+    "with a model that is fetched anew after its node has started again": Documents(
+        service(ready=NO_MINIMUM),
+        deployment(NEW, **STARTING),
+        [
+            pod(
+                initContainerStatuses=[
+                    container("storage-initializer", 1, state={"running": {}}, lastState=ended(0, reason="Completed"))
+                ]
+            )
+        ],
+    ),
     "without trace of an older model's failed pod": Documents(
         service(transitionStatus="BlockedByFailedLoad"),
         deployment(NEW, **STARTING),
