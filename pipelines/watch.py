@@ -112,7 +112,7 @@ class Watch:
         with Steps(rows, err) as shown, signals_raise():
             while True:
                 try:
-                    run = self.backend.run(self.run_id, patience_s=PATIENCE_S)
+                    run = self._read()
                     over = str(run.state) in FINAL and time.monotonic() >= self._settled_at
                     waiting = {} if over else self.waiting(run)
                     shown.update(read_states(rows, details_of(run), waiting))
@@ -130,6 +130,15 @@ class Watch:
                         return stopped.exit_code
                     shown.resume()
         return self.conclude(run, rows, runs_dir)
+
+    def _read(self) -> Any:
+        """The run as it is now; where the backend does not tell, as when a token has expired, it goes on unseen."""
+        try:
+            return self.backend.run(self.run_id, patience_s=PATIENCE_S)
+        except EnvironmentProblem:
+            if self._ended is None:
+                self._how_to_go_on()
+            raise
 
     def conclude(self, run: Any, rows: Sequence[Row], runs_dir: Path) -> int:
         """Say how a run ended: its table, and the failed step's error; store its summary; return the exit code."""

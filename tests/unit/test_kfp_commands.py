@@ -681,6 +681,26 @@ def test_a_backend_that_wants_a_token_gets_the_one_of_the_variable(
     assert "cret" not in err
 
 
+def test_a_token_that_expires_leaves_the_run_and_says_how_to_go_on(
+    api: KfpApi, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, spec: dict[str, Any]
+) -> None:
+    api.frames = [("RUNNING", dict.fromkeys(DONE[:2], "succeeded"))] * 50
+    run = api.add_run(spec)
+    monkeypatch.setenv("MY_TOKEN", "first")
+    api.token = "first"
+    show = watch.Steps.update
+
+    def expire(steps: Any, states: Any) -> None:
+        show(steps, states)
+        api.token = "second"
+
+    monkeypatch.setattr(watch.Steps, "update", expire)
+    code, _, err = follow(capsys, api, run, "--token-env", "MY_TOKEN")
+    assert (code, "renew one that has expired" in err) == (7, True)
+    assert f"The run {run} goes on: `avrt status {run} --follow" in err
+    assert not api.asked("POST", r"/runs/[^/]+:terminate")
+
+
 def test_in_a_pod_the_projected_token_is_used_and_read_again(
     api: KfpApi,
     capsys: pytest.CaptureFixture[str],
