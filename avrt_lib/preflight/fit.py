@@ -20,6 +20,10 @@ ENGINE_ROLES: dict[str, Role] = {
     "merger.engine": "merger",
 }
 _LABEL = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+#: Of a label or an annotation: perhaps a domain, and a name.
+_KEY = re.compile(
+    r"([a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+)
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 #: Names of Services, which KServe makes of the model's name, start with a letter.
 _SERVICE = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
@@ -73,9 +77,27 @@ def _names(config: Config, profile: Profile) -> Check:
         for key, value in labels.items()
         if not _LABEL.fullmatch(value)
     ]
+    wrong += [
+        f"{where} has the key {key!r}, which is none: DOMAIN/NAME or NAME, of at most 63 letters, digits and -_."
+        for where, key in _keys_of_pods(profile)
+        if not _KEY.fullmatch(key)
+    ]
     if wrong:
         return Check("Names", FAILED, "; ".join(wrong), "shorten or correct them")
     return Check("Names", OK, f"{config.promotion.model_name} in {config.deployment.namespace}")
+
+
+def _keys_of_pods(profile: Profile) -> Iterator[tuple[str, str]]:
+    """Keys in the pods' metadata and of the nodes' labels and taints, and where the profile has them.
+
+    The API server makes no pod with one that is none, and the backend's API does not say so.
+    """
+    yield from (("labels", key) for key in profile.labels)
+    yield from (("annotations", key) for key in profile.annotations)
+    for role, pool in profile.pools.items():
+        yield from ((f"pools.{role}.node_selector", key) for key in pool.node_selector)
+        yield from ((f"pools.{role}.tolerations", taint.key) for taint in pool.tolerations if taint.key)
+        yield from ((f"pools.{role}.affinity", term.key) for term in pool.affinity)
 
 
 def _targets(config: Config, components: Sequence[str] | None) -> Check:

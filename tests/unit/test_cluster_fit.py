@@ -69,6 +69,34 @@ def test_only_what_steps_of_the_pipeline_need_is_asked_for(pipeline: str, asked:
     assert set(failing(checked(profile("onprem-h100"), pipeline=pipeline, **settings))) == asked
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"labels": {"team name": "a"}}, "labels has the key 'team name'"),
+        ({"annotations": {"Example.com/owner": "somebody's"}}, "annotations has the key 'Example.com/owner'"),
+        ({"annotations": {"a/b/c": ""}}, "annotations has the key 'a/b/c'"),
+        ({"pools": {"cpu": Pool(node_selector={"pool:": "cpu"})}}, "pools.cpu.node_selector has the key 'pool:'"),
+        ({"pools": {"cpu": Pool(tolerations=[{"key": "-gpu"}])}}, "pools.cpu.tolerations has the key '-gpu'"),
+        (
+            {"pools": {"cpu": Pool(affinity=[{"key": "zone ", "values": ["a"]}])}},
+            "pools.cpu.affinity has the key 'zone '",
+        ),
+    ],
+)
+def test_a_key_that_no_pod_may_have_is_said_before_the_run(changes: dict[str, Any], said: str) -> None:
+    check = checked(profile(**changes))["Names"]
+    assert check.status == "failed"
+    assert said in check.found
+
+
+def test_keys_that_pods_may_have() -> None:
+    keys = ("team", "example.com/Team_1", "sidecar.istio.io/inject", "a", "A.b-c")
+    assert (
+        checked(profile(labels=dict.fromkeys(keys, "x"), annotations=dict.fromkeys(keys, "any: thing")))["Names"].status
+        == "ok"
+    )
+
+
 def test_a_pipeline_has_the_pools_of_its_steps() -> None:
     roles = {name: set(profile().for_pipeline(components_of(name)).pools) for name in PIPELINES}
     assert roles == {
