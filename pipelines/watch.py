@@ -157,8 +157,9 @@ class Watch:
             _show_failure(self._ended)
             return self._exit_code
         if run.state != "FAILED":
-            _show_failure(Failure("", "interrupted", f"the run {self.run_id} was ended ({run.state})."))
-            return 1
+            failure = Failure("", "interrupted", f"the run {self.run_id} was ended ({run.state}).")
+            _show_failure(failure)
+            return of_code(failure.code).exit_code
         failure = find_failure(self.backend, run, rows, self._failed_nodes())
         _show_failure(failure)
         return of_code(failure.code).exit_code

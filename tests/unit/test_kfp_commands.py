@@ -344,6 +344,14 @@ def test_a_failed_step_is_shown_as_a_run_on_this_machine_shows_it(
     assert "Accuracy in % on 48" in out
 
 
+def test_a_run_that_was_cancelled_ends_with_the_code_that_is_shown(
+    api: KfpApi, capsys: pytest.CaptureFixture[str], spec: dict[str, Any]
+) -> None:
+    api.frames = [("CANCELED", {})]
+    code, _, err = follow(capsys, api, api.add_run(spec))
+    assert (code, "avrt: error (interrupted): the run" in err) == (75, True)
+
+
 def test_of_two_failures_the_first_is_named(
     api: KfpApi, capsys: pytest.CaptureFixture[str], spec: dict[str, Any]
 ) -> None:
