@@ -115,6 +115,11 @@ def template(family: str, name: str) -> Template:
     return known[name]
 
 
+def instruction(name: str) -> str:
+    """What a student's prompt says behind the question and its options; empty where it says nothing there."""
+    return template("student", name).text.rpartition("{options}")[2].strip()
+
+
 def lettered(options: Sequence[str]) -> str:
     """The options, one a line, each behind its letter."""
     return "\n".join(f"{LETTERS[i]}. {option}" for i, option in enumerate(options))

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from avrt_lib.errors import TrainingError
 from avrt_lib.models import write_manifest
 from avrt_lib.tables import MANIFEST, atomic_path, read_json
+from avrt_lib.training.chat_template import with_instruction
 from avrt_lib.training.student import Student, merged_state
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 PREFIX = "thinker."
 WEIGHTS = "model.safetensors"
 INDEX = WEIGHTS + ".index.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+#: The same in an older form; of a folder with both it is not said which one counts.
+_OLD_CHAT_TEMPLATE = "chat_template.json"
 #: Weights in formats that can hold code, and other weight files, stay behind.
 _LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
@@ -49,7 +53,7 @@ def base_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                     yield name.removeprefix(PREFIX), handle.get_tensor(name)
 
 
-def export(student: Student, target: Path, *, dtype: torch.dtype, made_by: dict[str, Any]) -> Change:
+def export(student: Student, target: Path, *, dtype: torch.dtype, instruction: str, made_by: dict[str, Any]) -> Change:
     """Write the student as a model folder beside its base's other files, atomically.
 
     The tensors are those that the base's own files name, so that tied weights are stored as the base stores them. The
@@ -59,6 +63,7 @@ def export(student: Student, target: Path, *, dtype: torch.dtype, made_by: dict[
         student: the trained student; ``student.folder`` is its base.
         target: the folder to write; replaced if it is there.
         dtype: of the written floating-point tensors.
+        instruction: what the chat template adds to a plain question (``prompts.instruction``).
         made_by: for the manifest.
 
     Returns:
@@ -89,6 +94,7 @@ def export(student: Student, target: Path, *, dtype: torch.dtype, made_by: dict[
     with _replacing(target) as folder:
         _save_weights(state, folder)
         _copy_files(student.folder, folder, dtype)
+        _set_chat_template(folder, student.processor, instruction)
         write_manifest(folder, made_by)
     return Change(math.sqrt(squared_change / squared_base) if squared_base else 0.0)
 
@@ -160,6 +166,13 @@ def _copy_files(source: Path, target: Path, dtype: torch.dtype) -> None:
     config.pop("torch_dtype", None)
     _set_dtype(config["thinker_config"], name)
     (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _set_chat_template(folder: Path, processor: Any, instruction: str) -> None:
+    if instruction:
+        template = with_instruction(processor.chat_template, instruction)
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        (folder / _OLD_CHAT_TEMPLATE).unlink(missing_ok=True)
 
 
 def export_dtype(name: str) -> torch.dtype:

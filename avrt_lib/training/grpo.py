@@ -141,6 +141,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, sft_model: Path,
             learner,
             model,
             dtype=export.export_dtype(config.student.dtype),
+            instruction=prompts.instruction(config.student.prompt),
             made_by={"step": "grpo", "base": config.student.model, "steps": facts["steps"], "config": config.sha256},
         )
         facts["weight_change"] = change.relative_l2

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
-from avrt_lib import answers, models
+from avrt_lib import answers, models, prompts
 from avrt_lib.config import Config
 from avrt_lib.errors import NothingKeptError
 from avrt_lib.records import LETTERS, Merged, Sample
@@ -150,6 +150,7 @@ def run(config: Config, *, workspace: Workspace, samples: Path, merged: Path, mo
             learner,
             model,
             dtype=export.export_dtype(config.student.dtype),
+            instruction=prompts.instruction(config.student.prompt),
             made_by={"step": "sft", "base": config.student.model, "steps": facts["steps"], "config": config.sha256},
         )
         facts["weight_change"] = change.relative_l2
