@@ -13,7 +13,7 @@ from avrt_lib.steps import STEPS, run_step
 #: Inputs that take one table for each shard.
 LISTS = frozenset({"vision_traces", "audio_traces"})
 #: Inputs and parameters that a step does without.
-OPTIONAL = frozenset({"model", "data_hash"})
+OPTIONAL = frozenset({"model", "data_hash", "components"})
 #: Parameters that are numbers; the others are texts, whatever they look like.
 NUMBERS = frozenset({"shard"})
 

@@ -22,7 +22,7 @@ log = logging.getLogger("avrt.report")
 LINE = "avrt-summary: "
 
 
-def run(config: Config, *, workspace: Workspace, summary: Path, status: str, components: str) -> dict[str, Any]:
+def run(config: Config, *, workspace: Workspace, summary: Path, status: str, components: str = "") -> dict[str, Any]:
     """Write the run's summary and report, keep them in the store, and print the summary as one line.
 
     Args:
@@ -30,7 +30,7 @@ def run(config: Config, *, workspace: Workspace, summary: Path, status: str, com
         workspace: the step's scratch.
         summary: gets ``summary.json`` and ``report.html``.
         status: how the backend says that the run ended: ``COMPLETE`` or ``FAILED``; ``RUNNING`` where it was stopped.
-        components: the components that the pipeline is made of, separated by commas.
+        components: the components that the pipeline is made of, separated by commas; empty: the whole path.
 
     Returns:
         ``run_status`` and ``uri`` of the summary in the store.
@@ -38,7 +38,7 @@ def run(config: Config, *, workspace: Workspace, summary: Path, status: str, com
     folder = RunFolder(summary)
     summary.mkdir(parents=True, exist_ok=True)
     write_config(folder.config_file, config)
-    wanted = components.split(",")
+    wanted = components.split(",") if components else None
     names = [name for each in instances(config, wanted).values() for name in each]
     reports = run_reports.collect({name: _given(name, config) for name in names})
     failure = None

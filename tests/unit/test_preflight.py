@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from avrt_lib import preflight
+from avrt_lib.cli.step import run_one
 from avrt_lib.cluster.profile import Profile, load_profile
 from avrt_lib.config import Config, load
 from avrt_lib.errors import DataError, EnvironmentProblem
@@ -242,6 +243,16 @@ def test_a_part_of_the_path_asks_for_the_models_of_its_steps(
         preflight.run(config, workspace=_workspace(tmp_path), checks=tmp_path / "checks", components=components)
     written = read_json(tmp_path / "checks" / "checks.json")
     assert {check["name"].removeprefix("Model ") for check in written if check["name"].startswith("Model ")} == wanted
+
+
+@pytest.mark.parametrize(("params", "wanted"), [([], 4), (["components=preflight,ingest,sft"], 1)])
+def test_the_step_by_itself_looks_at_the_whole_path_unless_it_is_told_a_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, params: list[str], wanted: int
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run_one("preflight", load(MINIATURE), inputs=[], outputs=[f"checks={tmp_path / 'c'}"], params=params, work=tmp_path)
+    written = read_json(tmp_path / "c" / "checks.json")
+    assert sum(check["name"].startswith("Model ") for check in written) == wanted
 
 
 def test_an_endpoint_that_is_evaluated_asks_for_no_model(in_pod: Profile, tmp_path: Path) -> None:
