@@ -277,12 +277,13 @@ def _check_folder(repository: Repository, config: Config, base: str) -> None:
 
 
 def _parsed(text: str | None) -> dict[str, Any] | None:
-    """A manifest, or None where there is none."""
+    """The InferenceService of a manifest, which may have other objects beside it, or None where there is none."""
     try:
-        document = yaml.safe_load(text or "")
+        documents = list(yaml.safe_load_all(text or ""))
     except yaml.YAMLError:
         return None
-    return document if isinstance(document, dict) else None
+    services = (each for each in documents if isinstance(each, dict) and each.get("kind") == "InferenceService")
+    return next(services, None)
 
 
 def _annotations(document: dict[str, Any]) -> dict[str, str]:

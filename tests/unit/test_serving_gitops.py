@@ -116,6 +116,13 @@ def test_a_newer_version_is_never_replaced(remote: Path, tmp_path: Path, model: 
     assert len(subjects(remote)) == 2
 
 
+@pytest.mark.parametrize("more", ["---\n", "---\nkind: ConfigMap\n"])
+def test_a_newer_version_is_seen_in_whatever_company(remote: Path, tmp_path: Path, more: str) -> None:
+    push_files(tmp_path / "seed", {f"{PLACE}/inferenceservice.yaml": f"{Model().manifest()}{more}"}, "by hand")
+    with pytest.raises(ServingError, match="so version 2 is not promoted"):
+        Model(version=2, sha256="0ld").promote(configured(remote), tmp_path)
+
+
 def test_a_stopped_placeholder_is_no_model_to_go_back_to(remote: Path, tmp_path: Path) -> None:
     placeholder = "kind: InferenceService\nmetadata: {annotations: {serving.kserve.io/stop: 'true'}}\n"
     push_files(tmp_path / "seed", {f"{PLACE}/inferenceservice.yaml": placeholder}, "before the first promotion")
