@@ -19,6 +19,7 @@ from rich.table import Table
 
 from avrt_lib.cli.console import err, out
 from avrt_lib.cli.results import show_summary
+from avrt_lib.cluster.profile import PipelinesAccess
 from avrt_lib.errors import AvrtError, EnvironmentProblem, of_code
 from avrt_lib.report.run_summary import LINE as SUMMARY_LINE
 from avrt_lib.run_signals import Interrupted, signals_raise
@@ -288,9 +289,12 @@ class Watch:
         return answer != "leave"
 
     def _how_to_go_on(self) -> None:
+        place = f"--host {self.backend.host}"
+        if self.backend.namespace != PipelinesAccess().namespace:  # its pods are looked for there
+            place += f" --namespace {self.backend.namespace}"
         _say(
-            f"The run {self.run_id} goes on: `avrt status {self.run_id} --follow --host {self.backend.host}` shows it, "
-            f"`avrt cancel {self.run_id} --host {self.backend.host}` ends it."
+            f"The run {self.run_id} goes on: `avrt status {self.run_id} --follow {place}` shows it, "
+            f"`avrt cancel {self.run_id} {place}` ends it."
         )
 
 

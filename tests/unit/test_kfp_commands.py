@@ -703,9 +703,9 @@ def test_a_token_that_expires_leaves_the_run_and_says_how_to_go_on(
         api.token = "second"
 
     monkeypatch.setattr(watch.Steps, "update", expire)
-    code, _, err = follow(capsys, api, run, "--token-env", "MY_TOKEN")
+    code, _, err = follow(capsys, api, run, "--token-env", "MY_TOKEN", "--namespace", "ada")
     assert (code, "renew one that has expired" in err) == (7, True)
-    assert f"The run {run} goes on: `avrt status {run} --follow" in err
+    assert f"The run {run} goes on: `avrt status {run} --follow --host {api.url} --namespace ada` shows it" in err
     assert not api.asked("POST", r"/runs/[^/]+:terminate")
 
 
