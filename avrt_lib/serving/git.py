@@ -39,6 +39,10 @@ _MENDS: tuple[tuple[str, str], ...] = (
         "correct deployment.git.signing_key: the key must be there and usable without a passphrase",
     ),
     (
+        r"verified signature|must be signed|unverified commit",
+        "it takes signed commits alone: set deployment.git.signing and signing_key, and make the key known there",
+    ),
+    (
         r"protected|not allowed to push|hook declined|GH0\d\d",
         "the branch takes no pushes of this account: let it push, or set deployment.git.mode=pull_request",
     ),

@@ -167,11 +167,25 @@ def test_an_empty_repository_is_named_so(tmp_path: Path) -> None:
         Model().promote(configured(tmp_path / "empty.git"), tmp_path)
 
 
-def test_a_protected_branch_is_named_so(remote: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("says", "said"),
+    [
+        (
+            "GitLab: You are not allowed to push code to protected branches.",
+            r"not allowed to push code.*or set deployment\.git\.mode=pull_request",
+        ),
+        (
+            "error: GH006: Protected branch update failed. - Commits must have verified signatures.",
+            r"set deployment\.git\.signing",
+        ),
+        ("GitLab: Commit must be signed with a GPG key", r"set deployment\.git\.signing"),
+    ],
+)
+def test_a_protected_branch_is_named_so(remote: Path, tmp_path: Path, says: str, said: str) -> None:
     hook = remote / "hooks/pre-receive"
-    hook.write_text("#!/bin/sh\necho 'GitLab: You are not allowed to push code to protected branches.'\nexit 1\n")
+    hook.write_text(f"#!/bin/sh\necho '{says}'\nexit 1\n")
     hook.chmod(hook.stat().st_mode | stat.S_IXUSR)
-    with pytest.raises(ServingError, match=r"not allowed to push code.*or set deployment\.git\.mode=pull_request"):
+    with pytest.raises(ServingError, match=said):
         Model().promote(configured(remote), tmp_path)
 
 
