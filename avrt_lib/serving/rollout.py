@@ -87,10 +87,12 @@ class Wanted:
     Attributes:
         service: its InferenceService, without what a cluster adds.
         split: how its candidate gets a share of the real traffic; None: it gets none.
+        in_order: whether it may not take the place of a higher version of the registry.
     """
 
     service: Document
     split: Split | None = None
+    in_order: bool = False
 
     @property
     def name(self) -> str:
@@ -130,12 +132,15 @@ class Wanted:
 
 
 def of_manifest(service: Document, split: Split | None = None) -> Wanted:
-    """The champion as a manifest says: what it said before and does not say now is taken away."""
+    """The champion as a run's manifest says: what it said before and does not say now is taken away.
+
+    Of two runs the slower one may be the older: it does not take the place of the newer one's model.
+    """
     service = copy.deepcopy(service)
     settings = copy.deepcopy(service["spec"])
     settings["predictor"]["model"].pop("storageUri")
     service["metadata"].setdefault("annotations", {})[SETTINGS] = _hash(settings)
-    return Wanted(service, split)
+    return Wanted(service, split, in_order=True)
 
 
 def to_uri(champion: Document, uri: str, version: str | None, split: Split | None = None) -> Wanted:
@@ -222,9 +227,9 @@ def rollout(
         Busy: where another rollout of this champion is going on.
         UsageError: where the names are too long, Argo CD would undo the change, the route is none to share, or an
             InferenceService of somebody else has the candidate's name.
-        ServingError: where the candidate fails, which leaves the champion as it was; where the champion does not
-            come up with the new model, which sets it back; or where it was set to the model before and does not serve
-            it, which leaves it so.
+        ServingError: where the champion is of a newer version and ``wanted`` keeps the order; where the candidate
+            fails, which leaves the champion as it was; where the champion does not come up with the new model, which
+            sets it back; or where it was set to the model before and does not serve it, which leaves it so.
     """
     candidate_name = wanted.name + CANDIDATE
     if not fits(candidate_name, cluster.namespace):
@@ -241,6 +246,7 @@ def rollout(
             champion, candidate = cluster.service(wanted.name), _candidate(cluster, wanted.name)
             if champion is not None:
                 _refuse_argo(champion)
+                _refuse_older(cluster.namespace, champion, wanted)
             if route and _ROUTE not in lease.notes and route.is_shared():  # by a rollout whose Lease was lost
                 lease.note(route=route.name)
             stage = next_stage(champion, candidate, wanted, lease.notes)
@@ -529,6 +535,19 @@ def _refuse_argo(champion: Document) -> None:
             f"{champion['metadata']['name']} is kept by Argo CD, which would undo this at once: change it in Git "
             "(deployment.target=git), and go back by git revert."
         )
+
+
+def _refuse_older(namespace: str, champion: Document, wanted: Wanted) -> None:
+    if not wanted.in_order or storage_uri(champion) == wanted.uri:
+        return
+    now, asked = (annotations_of(each).get(MODEL_VERSION, "") for each in (champion, wanted.service))
+    if not (now.isdecimal() and asked.isdecimal() and int(now) > int(asked)):
+        return
+    name = wanted.name
+    raise ServingError(
+        f"{namespace}/{name} is set to version {now}, so version {asked} is not rolled out any more: to go back to it, "
+        f"avrt serving rollout {name} --namespace {namespace} --uri {wanted.uri} --version {asked}."
+    )
 
 
 def _lease_name(name: str) -> str:

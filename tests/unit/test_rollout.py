@@ -370,6 +370,27 @@ def test_settings_are_what_was_asked_for_whatever_the_model(cluster: Memory) -> 
     assert "timeout" not in stored(cluster)["spec"]["predictor"]
 
 
+def of_run(uri: str, version: str | None) -> Wanted:
+    """What a run's deployment step asks for."""
+    service = champion(uri)
+    service["metadata"]["annotations"] = {"avrt/model-version": version} if version else {}
+    return of_manifest(service)
+
+
+def test_the_slower_of_two_runs_does_not_take_the_newer_ones_place(cluster: Memory) -> None:
+    roll(cluster, wanted=of_run(NEW, "10"))
+    cluster.changes.clear()
+    with pytest.raises(
+        ServingError, match=r"is set to version 10, so version 9 .* --uri s3://avrt/models/old --version 9"
+    ):
+        roll(cluster, wanted=of_run(OLD, "9"))
+    assert cluster.changes == []
+    assert roll(cluster, wanted=to_uri(stored(cluster), OLD, "9")).uri == OLD
+    assert roll(cluster, wanted=of_run(NEW, "10")).uri == NEW
+    assert back(cluster).uri == OLD
+    assert roll(cluster, wanted=of_run(NEW, None)).uri == NEW
+
+
 def test_what_was_added_by_hand_stays_until_something_changes(running: Memory) -> None:
     roll(running, wanted=asked_for(NEW))
     now = stored(running)
