@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from avrt_lib import models, store
+from avrt_lib import models, prompts, store
 from avrt_lib.child_servers import free_ports
 from avrt_lib.config import Config, load
 from avrt_lib.engine import messages
@@ -26,6 +27,7 @@ from avrt_lib.records import Sample
 from avrt_lib.serving import client, deployment
 from avrt_lib.serving.server import ServedModel
 from avrt_lib.tables import read_json, write_json, write_table
+from avrt_lib.training.chat_template import with_instruction
 from avrt_lib.workspace import Workspace
 
 pytestmark = pytest.mark.slow
@@ -202,6 +204,24 @@ def test_errors_of_the_client(served: ServedModel, sample: Sample) -> None:
         client.ask_sample(served.base_url, served.api_key, "another", sample, config=CONFIG)
     with pytest.raises(ServingError, match=r"did not answer within 0\.001 s"):
         client.ask_sample(served.base_url, served.api_key, "student", sample, config=CONFIG, timeout_s=0.001)
+
+
+def test_a_plain_question_gets_the_trained_instruction(served: ServedModel, sample: Sample, tmp_path: Path) -> None:
+    """Seen in the length of the prompt: as long as that of a question that brings the instruction along."""
+    instruction = prompts.instruction("reason")
+    folder = shutil.copytree(models.resolve("builtin:student"), tmp_path / "model")
+    template = folder / "chat_template.jinja"
+    template.write_text(with_instruction(template.read_text(), instruction))
+
+    def length(server: ServedModel, text: str) -> int:
+        content = [messages.video_part(sample.frames), {"type": "text", "text": text}]
+        answer = chat(server, [], messages=[{"role": "user", "content": content}])
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["usage"]["prompt_tokens"])
+
+    plain, whole = "What is it?", f"What is it?\n{instruction}"
+    with serve(tmp_path / "serving.log", folder) as taught:
+        assert length(taught, plain) == length(taught, whole) == length(served, whole) > length(served, plain)
 
 
 def test_a_taken_port_is_named(tmp_path: Path) -> None:
